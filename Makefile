@@ -1,0 +1,37 @@
+# `make demo` sets everything up and runs the main job; `make test` checks everything.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.stamp
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: setup test fix demo bench docs clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,explain]'
+	touch $(STAMP)
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+fix: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: setup
+	$(BIN)/python examples/demo/demo.py
+
+bench: setup
+	$(BIN)/python benchmarks/run.py
+
+docs: setup
+	$(BIN)/python docs/build.py
+
+clean:
+	rm -rf build dist demo-output .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,79 @@
+"""gateskip: let any pretrained decoder-only language model skip compute token by token.
+
+Importing the package is light: torch and transformers are imported when a name is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gateskip.calibration.thresholds import calibrate
+    from gateskip.config import Budget, GateConfig
+    from gateskip.errors import (
+        AttachError,
+        BudgetError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        GateSkipError,
+        OutputError,
+        UnsupportedError,
+    )
+    from gateskip.execution.api import attach, budget, detach, execution, set_budget, trace
+    from gateskip.execution.checkpoint import load, save
+    from gateskip.fitting.closed_form import FitReport, fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttachError",
+    "Budget",
+    "BudgetError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "FitReport",
+    "GateConfig",
+    "GateSkipError",
+    "OutputError",
+    "UnsupportedError",
+    "attach",
+    "budget",
+    "calibrate",
+    "detach",
+    "execution",
+    "fit",
+    "load",
+    "save",
+    "set_budget",
+    "trace",
+]
+
+_HOMES = {
+    "gateskip.calibration.thresholds": ("calibrate",),
+    "gateskip.config": ("Budget", "GateConfig"),
+    "gateskip.errors": tuple(n for n in __all__ if n.endswith("Error")),
+    "gateskip.execution.api": (
+        "attach", "budget", "detach", "execution", "set_budget", "trace",
+    ),
+    "gateskip.execution.checkpoint": ("load", "save"),
+    "gateskip.fitting.closed_form": ("FitReport", "fit"),
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'gateskip' has no attribute {name!r}")
+    # Set every public name of the home at once: importing the subpackage ``gateskip.execution``
+    # would otherwise leave the package, not the function, under the name ``execution``.
+    home = importlib.import_module(_HOME_OF[name])
+    for other in _HOMES[_HOME_OF[name]]:
+        globals()[other] = getattr(home, other)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

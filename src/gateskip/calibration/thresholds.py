@@ -1,0 +1,95 @@
+"""``calibrate``: one table of thresholds over a grid of budgets."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+from rich.progress import Progress
+from torch import nn
+
+from gateskip.config import ALLOCATIONS, one_of
+from gateskip.data import count_tokens, encode, take_tokens, to_batches
+from gateskip.errors import DataError
+from gateskip.fitting.closed_loop import Allocation, closed_loop, keep_all, measure
+from gateskip.skipping.policy import ThresholdTable
+from gateskip.skipping.state import state_of
+
+__all__ = ["calibrate"]
+
+GRID = (0.98, 0.95, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3)
+MINIMUM_TOKENS = 1_000
+
+
+def calibrate(
+    model: nn.Module,
+    data: Any,
+    tokenizer: Any = None,
+    *,
+    allocation: str = "global",
+    weigh_cost: bool = True,
+    max_tokens: int | None = 6_000,
+    max_length: int = 512,
+    grid: tuple[float, ...] = GRID,
+    progress: bool = False,
+) -> ThresholdTable:
+    """Find thresholds for every budget at once, with skipping on, and store them in the model.
+
+    Args:
+        model: a gated model. data: texts, rows or id tensors (see ``gateskip.data``).
+        allocation: ``"global"`` or ``"uniform"``. weigh_cost: weigh scores against saved MACs.
+        max_tokens: tokens used; None uses all. max_length: tokens per text.
+        grid: shares of token×branch pairs to calibrate at, descending.
+
+    Returns:
+        The table, also kept in the model and saved with it.
+
+    Raises:
+        DataError: fewer than 1,000 tokens. ConfigError: an unknown allocation.
+    """
+    state = state_of(model)
+    one_of("allocation", allocation, ALLOCATIONS)
+    samples = take_tokens(encode(data, tokenizer, max_length), max_tokens)
+    tokens = count_tokens(samples)
+    if tokens < MINIMUM_TOKENS:
+        raise DataError(
+            f"data has {tokens} tokens; calibration needs at least {MINIMUM_TOKENS}. "
+            "Give more text."
+        )
+    if not state.fitted:
+        warnings.warn(
+            "the gates were never fitted or trained, so they rank tokens at random; call "
+            "gateskip.fit(model, data) first.",
+            stacklevel=2,
+        )
+    batches = to_batches(samples)
+    lengths = [sample.ids.shape[0] for sample in samples]
+    mean_keys = sum(n * (n + 1) / 2 for n in lengths) / sum(lengths)
+    split = Allocation.of(state, allocation, weigh_cost, mean_keys)
+    rows: list[tuple[float, float, tuple[float, ...]]] = []
+    with Progress(disable=not progress, transient=True) as bar:
+        task = bar.add_task("Calibrating", total=len(grid) + 1)
+        seen = measure(model, batches, keep_all(state))
+        lowest = split.thresholds(seen, 1.0)
+        full_row = tuple(lowest.get(b, -math.inf) for b in state.branches)
+        rows.append((1.0, seen.compute, full_row))
+        bar.advance(task)
+        bound = lowest
+        for keep in grid:
+            bound, seen = closed_loop(model, batches, split, keep, seen, at_least=bound)
+            if seen.keep < rows[-1][0] - 1e-6 and seen.compute < rows[-1][1] - 1e-9:
+                row = tuple(bound.get(b, -math.inf) for b in state.branches)
+                rows.append((seen.keep, seen.compute, row))
+            bar.advance(task)
+    table = ThresholdTable(
+        allocation=allocation,
+        weigh_cost=weigh_cost,
+        keep=tuple(r[0] for r in rows),
+        compute=tuple(r[1] for r in rows),
+        thresholds=tuple(r[2] for r in rows),
+        tokens=tokens,
+        mean_keys=mean_keys,
+    )
+    state.policy = table
+    return table

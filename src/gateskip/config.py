@@ -1,0 +1,143 @@
+"""What a user can choose: small frozen dataclasses, checked when built, with JSON round trips.
+
+Knows nothing of torch or of models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from typing import Any, Final, Literal, Self
+
+from gateskip.errors import BudgetError, ConfigError
+
+__all__ = ["ALLOCATIONS", "BRANCH_KINDS", "SCHEMA_VERSION", "BranchKey", "Budget", "GateConfig"]
+
+SCHEMA_VERSION: Final = 1
+"""Version of everything written to JSON; a reader refuses a newer one."""
+
+BRANCH_KINDS: Final = ("attention", "mlp")
+ALLOCATIONS: Final = ("global", "uniform")
+KV_SOURCES: Final = ("project", "previous")
+IMPORTANCES: Final = ("mean_logit", "mean_gate")
+COMPENSATIONS: Final = ("none", "mean", "low_rank")
+
+BranchKey = tuple[int, str]
+"""``(layer, kind)`` with kind ``"attention"`` or ``"mlp"``."""
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise ConfigError with a suggestion unless ``value`` is one of ``allowed``."""
+    if value in allowed:
+        return
+    close = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.{hint}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class GateConfig:
+    """How a model's branches are gated.
+
+    Attributes:
+        kind: gate kind, a name in the gate registry (``"low_rank"``, ``"vector"``, ``"scalar"``).
+        rank: inner width of ``low_rank`` gates.
+        branches: which branch kinds get gates.
+        importance: what a token's score is made of: the gate's mean logit, or the paper's mean
+            gate value.
+        kv_source: where a skipped token's keys and values come from.
+        compensation: what a skipped branch adds instead of its output.
+        compensation_rank: rank of ``low_rank`` compensation.
+        init_bias: initial gate bias b; σ(5) = 0.9933, so a gated model starts as the dense one.
+        init_std: standard deviation of the initial gate weights.
+        seed: seed of the initial gate weights.
+    """
+
+    kind: str = "low_rank"
+    rank: int = 16
+    branches: tuple[str, ...] = BRANCH_KINDS
+    importance: Literal["mean_logit", "mean_gate"] = "mean_logit"
+    kv_source: Literal["project", "previous"] = "project"
+    compensation: Literal["none", "mean", "low_rank"] = "low_rank"
+    compensation_rank: int = 32
+    init_bias: float = 5.0
+    init_std: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        one_of("importance", self.importance, IMPORTANCES)
+        one_of("kv_source", self.kv_source, KV_SOURCES)
+        one_of("compensation", self.compensation, COMPENSATIONS)
+        for name in ("rank", "compensation_rank"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name}={value!r} must be an integer of at least 1.")
+        if not self.branches:
+            raise ConfigError("branches=() gates nothing; name 'attention', 'mlp' or both.")
+        for kind in self.branches:
+            one_of("branches", kind, BRANCH_KINDS)
+        object.__setattr__(self, "branches", tuple(k for k in BRANCH_KINDS if k in self.branches))
+        if not (math.isfinite(self.init_std) and self.init_std >= 0):
+            raise ConfigError(f"init_std={self.init_std!r} must be a finite number of at least 0.")
+        if not math.isfinite(self.init_bias):
+            raise ConfigError(f"init_bias={self.init_bias!r} must be finite.")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary of all fields."""
+        return dataclasses.asdict(self) | {"branches": list(self.branches)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Rebuild from :meth:`to_json`; ConfigError names an unknown key."""
+        known = tuple(field.name for field in dataclasses.fields(cls))
+        for key in data:
+            one_of("GateConfig key", key, known)
+        return cls(**(data | {"branches": tuple(data.get("branches", BRANCH_KINDS))}))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Budget:
+    """How much may be spent: exactly one of ``keep`` and ``compute``.
+
+    Attributes:
+        keep: share of token×branch pairs computed, in (0, 1].
+        compute: share of the dense decoder's MACs spent, net of gates, in (0, 1].
+    """
+
+    keep: float | None = None
+    compute: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.keep is None) == (self.compute is None):
+            raise BudgetError(
+                f"keep={self.keep!r}, compute={self.compute!r}: give exactly one of the two."
+            )
+        name = "keep" if self.compute is None else "compute"
+        value = getattr(self, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0.0 < value <= 1.0:
+            raise BudgetError(f"{name}={value!r} must be a number in (0, 1]; 1.0 skips nothing.")
+        object.__setattr__(self, name, float(value))
+
+    @property
+    def full(self) -> bool:
+        """True when nothing may be skipped."""
+        return 1.0 in (self.keep, self.compute)
+
+    def to_json(self) -> dict[str, float]:
+        """``{"keep": k}`` or ``{"compute": c}``."""
+        return {"keep": self.keep} if self.keep is not None else {"compute": self.compute or 1.0}
+
+    @classmethod
+    def of(cls, value: Budget | dict[str, float] | None) -> Budget | None:
+        """Accept a Budget, ``{"keep": k}``, ``{"compute": c}`` or None."""
+        if value is None or isinstance(value, Budget):
+            return value
+        if not isinstance(value, dict) or set(value) - {"keep", "compute"}:
+            raise BudgetError(f"budget={value!r} must look like {{'keep': 0.75}} or a Budget.")
+        return cls(**value)
+
+    def __str__(self) -> str:
+        name = "keep" if self.keep is not None else "compute"
+        return f"{name}={getattr(self, name):g}"

@@ -1,0 +1,154 @@
+"""What a branch, a gate, a compensation, the LM head and attention scores cost.
+
+Costs are functions of the architecture (:class:`ModelShape`) alone: multiply-accumulates (MACs)
+per token, bytes of weights read per call, and parameters. Knows nothing of gates' values,
+decisions or runs; the ledger multiplies these figures with what really happened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from gateskip.config import BranchKey, GateConfig
+from gateskip.errors import ConfigError
+
+__all__ = ["BranchCost", "ModelShape", "branch_cost", "break_even_skip_rate", "gate_parameters"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """Sizes of a decoder with separate q, k, v, o projections and a gated MLP.
+
+    Attributes:
+        layers: number of decoder layers.
+        hidden: width H of the residual stream.
+        heads: query heads. kv_heads: key and value heads. head_dim: width of one head.
+        intermediate: inner width of the MLP.
+        vocab: rows of the LM head.
+        mlp_projections: matrices of one MLP (3 for gated MLPs, 2 otherwise).
+        weight_bytes: bytes of one stored weight.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    mlp_projections: int = 3
+    weight_bytes: int = 4
+
+    @property
+    def macs_q_o(self) -> int:
+        """MACs per token of the query and output projections."""
+        return 2 * self.hidden * self.heads * self.head_dim
+
+    @property
+    def macs_kv(self) -> int:
+        """MACs per token of the key and value projections."""
+        return 2 * self.hidden * self.kv_heads * self.head_dim
+
+    @property
+    def macs_per_key(self) -> int:
+        """MACs of the attention scores and the weighted sum, per query token and visible key."""
+        return 2 * self.heads * self.head_dim
+
+    @property
+    def macs_mlp(self) -> int:
+        """MACs per token of one MLP."""
+        return self.mlp_projections * self.hidden * self.intermediate
+
+    @property
+    def macs_lm_head(self) -> int:
+        """MACs per position whose logits are computed."""
+        return self.hidden * self.vocab
+
+    def dense_macs(self, keys: float) -> float:
+        """Decoder MACs per token of the dense model when a token sees ``keys`` keys on average."""
+        layer = self.macs_q_o + self.macs_kv + self.macs_mlp + self.macs_per_key * keys
+        return self.layers * layer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BranchCost:
+    """MACs per token, and weights read per call, of one branch.
+
+    Attributes:
+        computed: projections of a kept token (attention scores apart).
+        per_key: MACs per visible key of a kept token.
+        kept_gate: gate value of a kept token.
+        decision: score of any valid token.
+        skipped: K/V projection and compensation of a skipped token.
+        weights: numbers read when at least one token is kept.
+        weights_kv: numbers read for K/V alone when tokens are skipped and none is kept.
+        gate_weights: float32 numbers read for gate values.
+        decision_weights: float32 numbers read for the decision.
+        skipped_weights: float32 numbers read for the compensation.
+    """
+
+    computed: int
+    per_key: int
+    kept_gate: int
+    decision: int
+    skipped: int
+    weights: int
+    weights_kv: int
+    gate_weights: int
+    decision_weights: int
+    skipped_weights: int
+
+
+def gate_macs(kind: str, hidden: int, rank: int) -> int:
+    """MACs of one gate value (all channels) for one token."""
+    by_kind = {"vector": hidden * hidden, "low_rank": 2 * hidden * rank, "scalar": hidden}
+    if kind not in by_kind:
+        raise ConfigError(f"kind={kind!r}: no cost is known for this gate kind.")
+    return by_kind[kind]
+
+
+def gate_parameters(kind: str, hidden: int, rank: int) -> int:
+    """Parameters of one gate, bias included."""
+    return gate_macs(kind, hidden, rank) + (1 if kind == "scalar" else hidden)
+
+
+def compensation_macs(kind: str, hidden: int, rank: int) -> int:
+    """MACs of one token's compensation; a constant vector costs no products."""
+    return 2 * hidden * rank if kind == "low_rank" else 0
+
+
+def branch_cost(shape: ModelShape, config: GateConfig, key: BranchKey) -> BranchCost:
+    """Cost of one branch of a gated model; a branch without a gate costs only what is computed."""
+    attention = key[1] == "attention"
+    gated = key[1] in config.branches
+    computed = shape.macs_q_o + shape.macs_kv if attention else shape.macs_mlp
+    gate = gate_macs(config.kind, shape.hidden, config.rank) if gated else 0
+    # The paper's importance needs the whole gate for every token; the mean logit one dot product.
+    decision = 0 if not gated else gate if config.importance == "mean_gate" else shape.hidden
+    comp = compensation_macs(config.compensation, shape.hidden, config.compensation_rank)
+    kv = shape.macs_kv if attention and config.kv_source == "project" else 0
+    return BranchCost(
+        computed=computed,
+        per_key=shape.macs_per_key if attention else 0,
+        kept_gate=gate,
+        decision=decision,
+        skipped=(kv + comp) if gated else 0,
+        weights=computed,
+        weights_kv=kv if gated else 0,
+        gate_weights=gate + (shape.hidden if gated else 0),
+        decision_weights=decision,
+        skipped_weights=comp if gated else 0,
+    )
+
+
+def saved_macs(cost: BranchCost, keys: float) -> float:
+    """Net MACs that one skip saves; the decision is paid either way."""
+    return cost.computed + cost.per_key * keys + cost.kept_gate - cost.skipped
+
+
+def break_even_skip_rate(shape: ModelShape, config: GateConfig, keys: float) -> float:
+    """Skip rate (equal for all branches) from which on gates save more MACs than they cost."""
+    costs = [branch_cost(shape, config, (0, kind)) for kind in ("attention", "mlp")]
+    added = sum(c.kept_gate + c.decision for c in costs)
+    saved = sum(saved_macs(c, keys) for c in costs if c.decision)
+    return added / saved if saved > 0 else float("inf")

@@ -1,0 +1,115 @@
+"""Public entry points around a gated model: attach, detach, budgets, trace, execution."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch import nn
+
+from gateskip.config import Budget, GateConfig
+from gateskip.errors import UnsupportedError
+from gateskip.execution.hooks import WIRING, check_backend
+from gateskip.retrofit.attach import find_family, install, uninstall
+from gateskip.retrofit.fingerprint import fingerprint
+from gateskip.skipping.ledger import Trace
+from gateskip.skipping.state import GateSkipState, check_execution, override, state_of
+
+__all__ = ["attach", "budget", "detach", "execution", "set_budget", "trace"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def attach(model: M, config: GateConfig | None = None) -> M:
+    """Give every branch of a Hugging Face causal LM a gate, in place.
+
+    Args:
+        model: a supported ``...ForCausalLM``.
+        config: gate options; the defaults are low-rank gates of rank 16.
+
+    Returns:
+        The same object. Its class, its base parameter names and its ``generate`` stay usable.
+
+    Raises:
+        UnsupportedError: unknown architecture or attention back-end.
+        AttachError: gated already. The model is left as it was after any error.
+    """
+    config = config or GateConfig()
+    hf_config: Any = getattr(model, "config", None)
+    family = find_family(hf_config)
+    if not hasattr(model, "generate") or not hasattr(model, "lm_head"):
+        raise UnsupportedError(
+            f"{type(model).__name__} is not a causal language model; load it with "
+            "AutoModelForCausalLM."
+        )
+    check_backend(hf_config)
+    state = GateSkipState(config, family, family.shape(model))
+    state.base = fingerprint(model)
+    install(model, family, config, state, WIRING)
+    return model
+
+
+def detach(model: M) -> M:
+    """Take gates and layer subclasses out again; the model is bit for bit what it was.
+
+    Raises:
+        AttachError: the model is not gated.
+    """
+    state = state_of(model)
+    uninstall(model, state.family, WIRING)
+    return model
+
+
+def set_budget(
+    model: nn.Module, *, keep: float | None = None, compute: float | None = None
+) -> None:
+    """Set the model's default budget: exactly one of the two.
+
+    Args:
+        keep: share of token×branch pairs computed, in (0, 1].
+        compute: share of dense decoder MACs spent, net of gates, in (0, 1].
+
+    Raises:
+        BudgetError: out of range, both or none, below the floor, or not calibrated.
+    """
+    state = state_of(model)
+    chosen = Budget(keep=keep, compute=compute)
+    state.resolve(chosen)
+    state.default_budget = chosen
+
+
+@contextlib.contextmanager
+def budget(
+    model: nn.Module, *, keep: float | None = None, compute: float | None = None
+) -> Iterator[None]:
+    """Use a budget within the block, for this thread and context only.
+
+    Raises:
+        BudgetError: as :func:`set_budget`.
+    """
+    state = state_of(model)
+    chosen = Budget(keep=keep, compute=compute)
+    state.resolve(chosen)
+    with override(state, budget=chosen):
+        yield
+
+
+@contextlib.contextmanager
+def trace(model: nn.Module) -> Iterator[Trace]:
+    """Record decisions and costs of all calls within the block, in this thread."""
+    recorder = Trace()
+    with override(state_of(model), recorder=recorder):
+        yield recorder
+
+
+@contextlib.contextmanager
+def execution(model: nn.Module, mode: str) -> Iterator[None]:
+    """Run ``"masked"`` (the reference) or ``"compacted"`` within the block, in this thread.
+
+    Raises:
+        ConfigError: another mode.
+    """
+    check_execution(mode)
+    with override(state_of(model), execution=mode):
+        yield

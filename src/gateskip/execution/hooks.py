@@ -1,0 +1,80 @@
+"""What happens before a decoder call and around ``generate``."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from gateskip.config import Budget
+from gateskip.errors import UnsupportedError
+from gateskip.execution.inputs import CACHE_NAMES
+from gateskip.execution.layer import layer_forward
+from gateskip.retrofit.attach import Wiring
+from gateskip.skipping.call import Call
+from gateskip.skipping.state import GateSkipState, current, effective_budget, override, state_of
+
+__all__ = ["WIRING"]
+
+ATTENTION_BACKENDS = ("eager", "sdpa")
+
+
+def check_backend(config: Any) -> None:
+    """Raise UnsupportedError unless the attention back-end takes arbitrary mask rows."""
+    name = getattr(config, "_attn_implementation", None)
+    if name not in ATTENTION_BACKENDS:
+        raise UnsupportedError(
+            f"attn_implementation={name!r} does not take the mask rows of skipped queries here; "
+            f"use {' or '.join(map(repr, ATTENTION_BACKENDS))}: "
+            "model.set_attn_implementation('sdpa')."
+        )
+
+
+def decoder_hook(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook of the decoder: reads the 2-D mask while there is one, makes the call."""
+    state: GateSkipState = vars(decoder)["_gateskip"]
+    if args:
+        names = [n for n in inspect.signature(type(decoder).forward).parameters if n != "self"]
+        kwargs = dict(zip(names, args, strict=False)) | kwargs
+    check_backend(decoder.config)
+    if kwargs.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
+        raise UnsupportedError(
+            "output_attentions=True has no weights for skipped queries; use "
+            "gateskip.execution(model, 'masked') on a detached copy, or leave it off."
+        )
+    tokens = kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs["inputs_embeds"]
+    cache = next((kwargs[n] for n in CACHE_NAMES if kwargs.get(n) is not None), None)
+    call = Call(
+        state,
+        current(state),
+        batch=tokens.shape[0],
+        new=tokens.shape[1],
+        past=int(cache.get_seq_length()) if cache is not None else 0,
+        attention_mask=kwargs.get("attention_mask"),
+        position_ids=kwargs.get("position_ids"),
+        training=decoder.training,
+        device=tokens.device,
+    )
+    return (), kwargs | {"gateskip_call": call}
+
+
+def generate(model: nn.Module, *args: Any, gateskip_budget: Any = None, **kwargs: Any) -> Any:
+    """Hugging Face ``generate``; the budget is captured when it starts.
+
+    Args:
+        gateskip_budget: a Budget or ``{"keep": k}`` / ``{"compute": c}`` for this call; None takes
+            this thread's budget or the model's default.
+    """
+    state = state_of(model)
+    budget = Budget.of(gateskip_budget) or effective_budget(state) or Budget(keep=1.0)
+    state.resolve(budget)  # a bad budget must fail before any work
+    with override(state, budget=budget):
+        return type(model).generate(model, *args, **kwargs)  # type: ignore[attr-defined]
+
+
+WIRING = Wiring(layer_forward=layer_forward, decoder_hook=decoder_hook, generate=generate)

@@ -1,0 +1,94 @@
+"""What all gates share: float32 for ever, the score constants, and the decision vector.
+
+Shapes: N tokens (any leading dimensions), H hidden channels, G gate channels (H or 1).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from gateskip.config import GateConfig
+
+__all__ = ["Gate"]
+
+
+class Gate(nn.Module, ABC):
+    r"""A gate g = σ(z(u)) on one branch.
+
+    The *score* that ranks tokens is s = (mean(z) − c) / a with constants a, c per gate
+    (``score_scale``, ``score_shift``; 1 and 0 until fitted), so for gates that are linear in u the
+    decision is one dot product with the averaged rows of the weight.
+
+    Ours versus the paper (arXiv 2510.13876, eq. 2): the paper ranks by mean(σ(z)). Near
+    initialisation σ is flat, so we rank by the logit; ``importance="mean_gate"`` is the paper's.
+
+    Weights and arithmetic are float32 whatever happens around them: at g ≈ 0.993 neighbouring
+    bfloat16 values are 0.004 apart, and ranks would collapse into ties.
+    """
+
+    score_scale: Tensor
+    score_shift: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("score_scale", torch.ones((), dtype=torch.float32))
+        self.register_buffer("score_shift", torch.zeros((), dtype=torch.float32))
+        self._decision_cache: tuple[Any, Tensor, float] | None = None
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: GateConfig, hidden: int, generator: torch.Generator) -> Self:
+        """A fresh gate for branches of width ``hidden``."""
+
+    @abstractmethod
+    def logits(self, u_NH: Tensor) -> Tensor:
+        """z of float32 inputs: float32 ``[..., G]``."""
+
+    @abstractmethod
+    def mean_logit_weights(self) -> tuple[Tensor, Tensor]:
+        """(w [H], b []) with mean(z) = w·u + b, differentiable."""
+
+    @abstractmethod
+    def set_direction(self, w_H: Tensor, shift: float) -> None:
+        """Write z = w·u + shift on every channel; other directions are set to contribute zero."""
+
+    def forward(self, u_NH: Tensor) -> Tensor:
+        """Gate values g in (0, 1), float32 ``[..., G]``."""
+        device = u_NH.device.type
+        guard: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if torch.is_autocast_enabled(device):
+            guard = torch.autocast(device, enabled=False)
+        with guard:
+            z = self.logits(u_NH.float())
+            return torch.sigmoid(z) if z.requires_grad else z.sigmoid_()
+
+    def decision_weights(self) -> tuple[Tensor, Tensor]:
+        """(w [H], b []) with score = w·u + b, differentiable."""
+        w_H, b = self.mean_logit_weights()
+        return w_H / self.score_scale, (b - self.score_shift) / self.score_scale
+
+    def decision_vector(self) -> tuple[Tensor, float]:
+        """Detached :meth:`decision_weights`, cached until a weight changes."""
+        parts = [*self.parameters(recurse=False), self.score_scale, self.score_shift]
+        stamp = tuple((p._version, p.data_ptr()) for p in parts)
+        if self._decision_cache is None or self._decision_cache[0] != stamp:
+            with torch.no_grad():
+                w_H, b = self.decision_weights()
+            self._decision_cache = (stamp, w_H.detach().contiguous(), float(b))
+        return self._decision_cache[1], self._decision_cache[2]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow device moves but never dtype changes."""
+        self._decision_cache = None
+
+        def moved(t: Tensor) -> Tensor:
+            out = fn(t)
+            return out if out.dtype == t.dtype else t.to(out.device)
+
+        return super()._apply(moved, recurse)

@@ -1,0 +1,163 @@
+"""In-place surgery on a model: gates as new children, layers as dynamic subclasses, and back.
+
+Nothing is re-parented, so base parameter names stay. The layers' classes are replaced by
+subclasses of the same name (instance-level ``forward`` would bypass gradient checkpointing, and
+``_no_split_modules`` matches by name). What the new ``forward`` does is handed in as *wiring*,
+since execution is not known here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from gateskip.config import BranchKey, GateConfig
+from gateskip.errors import AttachError, UnsupportedError
+from gateskip.gates import GATES, Gate
+from gateskip.retrofit.families import FAMILIES, FamilySpec
+
+__all__ = [
+    "Wiring",
+    "branch_module",
+    "decoder_of",
+    "find_family",
+    "gate_of",
+    "gated_branches",
+    "install",
+    "layers_of",
+    "uninstall",
+]
+
+STATE_ATTRIBUTE = "_gateskip"
+GATE_NAME = "skip_gate"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Wiring:
+    """The functions that make installed gates do something.
+
+    Attributes:
+        layer_forward: replaces a decoder layer's ``forward``.
+        decoder_hook: forward pre-hook (with keyword arguments) of the decoder.
+        generate: replaces the model's ``generate``.
+    """
+
+    layer_forward: Callable[..., Any]
+    decoder_hook: Callable[..., Any]
+    generate: Callable[..., Any]
+
+
+def find_family(config: Any) -> FamilySpec:
+    """The family of a Hugging Face config. Raises UnsupportedError with the supported list."""
+    name = getattr(config, "model_type", None)
+    if name not in FAMILIES.names():
+        raise UnsupportedError(
+            f"model_type={name!r} is not supported; supported are {', '.join(FAMILIES.names())}."
+        )
+    return FAMILIES.get(name)
+
+
+def decoder_of(model: nn.Module, family: FamilySpec) -> nn.Module:
+    """The module that owns the layers."""
+    return model.get_submodule(family.decoder)
+
+
+def layers_of(model: nn.Module, family: FamilySpec) -> list[nn.Module]:
+    """The decoder layers, first to last."""
+    return list(getattr(decoder_of(model, family), family.layers))
+
+
+def branch_module(layer: nn.Module, family: FamilySpec, kind: str) -> nn.Module:
+    """A layer's attention or MLP."""
+    found: nn.Module = getattr(layer, family.attention if kind == "attention" else family.mlp)
+    return found
+
+
+def gated_branches(model: nn.Module, family: FamilySpec) -> dict[BranchKey, nn.Module]:
+    """Branch modules that have a gate, in execution order."""
+    return {
+        (index, kind): branch_module(layer, family, kind)
+        for index, layer in enumerate(layers_of(model, family))
+        for kind in ("attention", "mlp")
+        if hasattr(branch_module(layer, family, kind), GATE_NAME)
+    }
+
+
+def _gated_class(cls: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
+    namespace = {
+        "forward": forward,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "_gateskip_base": cls,
+    }
+    return type(cls.__name__, (cls,), namespace)
+
+
+def install(
+    model: nn.Module, family: FamilySpec, config: GateConfig, state: object, wiring: Wiring
+) -> None:
+    """Gate ``model`` in place; on any failure it is left as it was.
+
+    Raises:
+        AttachError: the model has gates already.
+    """
+    if STATE_ATTRIBUTE in vars(model):
+        raise AttachError("model is gated already; call gateskip.detach(model) first.")
+    generator = torch.Generator().manual_seed(config.seed)
+    hidden: int = cast(Any, model).config.hidden_size
+    gate_class = GATES.get(config.kind)
+    try:
+        classes: dict[type[nn.Module], type[nn.Module]] = {}
+        decoder = decoder_of(model, family)
+        for index, layer in enumerate(layers_of(model, family)):
+            for kind in config.branches:
+                module = branch_module(layer, family, kind)
+                device = next(module.parameters()).device
+                gate = gate_class.build(config, hidden, generator).to(device)
+                gate.train(module.training)
+                module.add_module(GATE_NAME, gate)
+            base = type(layer)
+            classes.setdefault(base, _gated_class(base, wiring.layer_forward))
+            vars(layer)["_gateskip_layer"] = (state, index)
+            layer.__class__ = classes[base]
+        vars(decoder)[STATE_ATTRIBUTE] = state
+        decoder.register_forward_pre_hook(wiring.decoder_hook, with_kwargs=True)
+        vars(model)["generate"] = types.MethodType(wiring.generate, model)
+        vars(model)[STATE_ATTRIBUTE] = state
+    except BaseException:
+        uninstall(model, family, wiring)
+        raise
+
+
+def uninstall(model: nn.Module, family: FamilySpec, wiring: Wiring) -> None:
+    """Take everything out that :func:`install` put in, whether or not it got to the end."""
+    decoder = decoder_of(model, family)
+    for layer in layers_of(model, family):
+        base = type(layer).__dict__.get("_gateskip_base")
+        if base is not None:
+            layer.__class__ = base
+        vars(layer).pop("_gateskip_layer", None)
+        for kind in ("attention", "mlp"):
+            module = branch_module(layer, family, kind)
+            for name in (GATE_NAME, "skip_compensation"):
+                module._modules.pop(name, None)
+    hooks = decoder._forward_pre_hooks
+    for hook_id in [i for i, hook in hooks.items() if hook is wiring.decoder_hook]:
+        del hooks[hook_id]
+        decoder._forward_pre_hooks_with_kwargs.pop(hook_id, None)
+    for owner in (model, decoder):
+        vars(owner).pop(STATE_ATTRIBUTE, None)
+    vars(model).pop("generate", None)
+
+
+def gate_of(module: nn.Module) -> Gate:
+    """The gate of a branch module."""
+    found = getattr(module, GATE_NAME)
+    assert isinstance(found, Gate)
+    return found

@@ -1,0 +1,7 @@
+"""The qwen3 family: llama with RMS norms on each head's queries and keys."""
+
+from gateskip.retrofit.families.spec import FamilySpec
+
+__all__ = ["FAMILY"]
+
+FAMILY = FamilySpec(model_type="qwen3", k_norm="k_norm")

@@ -1,0 +1,142 @@
+"""One forward call of the decoder: who is valid, who is protected, what was decided.
+
+Shapes: B rows, T new tokens, S keys (cached and new).
+
+The call object travels through the layers as a keyword argument. Decisions are recorded in it, so
+that recomputation under gradient checkpointing replays them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gateskip.config import BranchKey
+from gateskip.errors import UnsupportedError
+from gateskip.skipping.state import GateSkipState, Override, effective_budget
+
+__all__ = ["Call"]
+
+
+class Call:
+    """What the layers of one forward call share.
+
+    Attributes:
+        valid_BT: True for real tokens, bool; None when all are.
+        protected_BT: True for tokens that no branch may skip, bool; None when there is none.
+        thresholds: τ per gated branch; None keeps everything.
+        keep: decisions, ``(layer, kind)`` to bool ``[B, T]``.
+        computed: rows that really entered a branch's projections, per batch row, ``[B]``.
+        kv: K and V that attention layers wrote for the new tokens (``kv_source="previous"``).
+        single: batch 1, one new token, no padding: the batch-1 decoding path.
+    """
+
+    def __init__(
+        self,
+        state: GateSkipState,
+        over: Override,
+        *,
+        batch: int,
+        new: int,
+        past: int,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        training: bool,
+        device: torch.device,
+    ) -> None:
+        self.state = state
+        self.batch, self.new, self.past = batch, new, past
+        self.device = device
+        self.thresholds: Mapping[BranchKey, float] | None = (
+            over.thresholds
+            if over.thresholds is not None
+            else state.resolve(effective_budget(state))
+        )
+        self.observer = over.observer
+        self.recorder = over.recorder
+        self.scores = over.scores
+        self.forced = next(over.forced) if over.forced is not None else None
+        self.masked = (over.execution or ("masked" if training else "compacted")) == "masked"
+        if self.observer is not None:
+            self.masked = True
+        self.keep: dict[BranchKey, Tensor] = {}
+        self.computed: dict[BranchKey, Tensor] = {}
+        self.kv: dict[int, tuple[Tensor, Tensor]] = {}
+        self.mask_2d = _two_dimensional(attention_mask)
+        self.valid_BT, self.protected_BT = self._tokens(position_ids)
+        self.single = batch == 1 and new == 1 and self.valid_BT is None
+
+    @property
+    def decides(self) -> bool:
+        """False when everything is kept and the dense modules run as they are."""
+        return self.thresholds is not None or self.forced is not None
+
+    def everyone(self) -> Tensor:
+        """The keep mask of a branch that skips nobody."""
+        if self.valid_BT is not None:
+            return self.valid_BT
+        return torch.ones(self.batch, self.new, dtype=torch.bool, device=self.device)
+
+    def decide(self, key: BranchKey, score_BT: Tensor) -> Tensor:
+        """keep = valid and (s ≥ τ or protected), recorded; bool ``[B, T]``."""
+        if key in self.keep:
+            return self.keep[key]
+        if self.scores is not None:
+            self.scores.add(key, score_BT, self)
+        if self.forced is not None:
+            keep_BT = self.forced[key].to(self.device)
+        else:
+            assert self.thresholds is not None
+            keep_BT = score_BT >= self.thresholds[key]
+            if self.protected_BT is not None:
+                keep_BT = keep_BT | self.protected_BT
+            if self.valid_BT is not None:
+                keep_BT = keep_BT & self.valid_BT
+        self.keep[key] = keep_BT
+        return keep_BT
+
+    def visible_keys(self) -> Tensor:
+        """Keys that each new token may attend to, itself included, int64 ``[B, T]``."""
+        if self.mask_2d is not None:
+            counts = self.mask_2d[:, : self.past + self.new].long().cumsum(-1)
+            return counts[:, -self.new :]
+        ramp = torch.arange(self.past + 1, self.past + self.new + 1, device=self.device)
+        return ramp.expand(self.batch, self.new)
+
+    def _tokens(self, position_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        end = self.past + self.new
+        if self.mask_2d is not None:
+            if self.mask_2d.shape[1] < end:
+                raise UnsupportedError(
+                    f"attention_mask of shape {tuple(self.mask_2d.shape)} covers fewer than the "
+                    f"{end} cached and new tokens; pass a mask over all of them."
+                )
+            mask = self.mask_2d.bool()
+            valid_BT: Tensor | None = mask[:, self.past : end]
+            first_B1 = mask.to(torch.uint8).argmax(-1, keepdim=True)
+            columns = torch.arange(self.past, end, device=self.device)
+            protected_BT = columns[None] == first_B1
+            assert valid_BT is not None
+            if bool(valid_BT.all()):
+                valid_BT = None
+            return valid_BT, protected_BT if bool(protected_BT.any()) else None
+        protected_BT = torch.zeros(self.batch, self.new, dtype=torch.bool, device=self.device)
+        protected_BT[:, 0] = self.past == 0
+        if position_ids is not None and self.new > 1:
+            reset = position_ids[:, 1:] != position_ids[:, :-1] + 1
+            protected_BT[:, 1:] |= reset.to(self.device)
+        return None, protected_BT if bool(protected_BT.any()) else None
+
+
+def _two_dimensional(mask: Any) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise UnsupportedError(
+            f"attention_mask {shape} hides which tokens are padding; pass the 2-D mask [B, S]."
+        )
+    return mask

@@ -1,0 +1,142 @@
+"""What a gated model remembers (one object per model), and what one thread overrides.
+
+The state travels with ``copy.deepcopy``; overrides are contextvars, so threads do not mix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from gateskip.config import BranchKey, Budget, GateConfig, one_of
+from gateskip.costs import BranchCost, ModelShape, branch_cost
+from gateskip.errors import AttachError, BudgetError
+from gateskip.skipping.policy import ThresholdTable
+
+__all__ = ["GateSkipState", "Override", "current", "override", "state_of"]
+
+EXECUTIONS = ("compacted", "masked")
+
+
+class GateSkipState:
+    """Config, family, costs, policy and default budget of one gated model."""
+
+    def __init__(self, config: GateConfig, family: Any, shape: ModelShape) -> None:
+        self.config = config
+        self.family = family
+        self.shape = shape
+        self.policy: ThresholdTable | None = None
+        self.default_budget: Budget | None = None
+        self.fitted = False
+        self.compensated = False
+        self.base: dict[str, Any] = {}
+        self.branches: tuple[BranchKey, ...] = tuple(
+            (layer, kind) for layer in range(shape.layers) for kind in config.branches
+        )
+
+    def resolve(self, budget: Budget | None) -> dict[BranchKey, float] | None:
+        """Thresholds at ``budget``; None keeps everything. Raises BudgetError."""
+        if budget is None or budget.full:
+            return None
+        if self.policy is None:
+            raise BudgetError(
+                f"budget {budget} needs thresholds: call gateskip.calibrate(model, data) first."
+            )
+        return _thresholds(self.policy, budget, self.branches)
+
+    def costs(self) -> dict[BranchKey, BranchCost]:
+        """Cost of every branch, gated or not, as the model is now."""
+        config = self.config
+        if not self.compensated:
+            config = dataclasses.replace(config, compensation="none")
+        return {
+            (layer, kind): branch_cost(self.shape, config, (layer, kind))
+            for layer in range(self.shape.layers)
+            for kind in ("attention", "mlp")
+        }
+
+
+@functools.lru_cache(maxsize=64)
+def _thresholds(
+    policy: ThresholdTable, budget: Budget, branches: tuple[BranchKey, ...]
+) -> dict[BranchKey, float] | None:
+    row = policy.resolve(budget)
+    return None if row is None else dict(zip(branches, row, strict=True))
+
+
+def state_of(model: nn.Module) -> GateSkipState:
+    """The state of a gated model. Raises AttachError when it is not gated."""
+    found = vars(model).get("_gateskip")
+    if not isinstance(found, GateSkipState):
+        raise AttachError(
+            f"this {type(model).__name__} has no gates; call gateskip.attach(model) first."
+        )
+    return found
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Override:
+    """What a context changes for one model in one thread; None leaves the model's own.
+
+    Attributes:
+        budget: budget instead of the model's default.
+        thresholds: explicit thresholds, before any budget (calibration).
+        execution: ``"masked"`` or ``"compacted"``.
+        recorder: receives every call when it ends (trace).
+        observer: receives every branch's tensors (fitting); implies masked execution.
+        scores: receives every branch's scores (calibration).
+        forced: decisions to replay, one mapping per coming call.
+    """
+
+    budget: Budget | None = None
+    thresholds: Mapping[BranchKey, float] | None = None
+    execution: str | None = None
+    recorder: Any = None
+    observer: Any = None
+    scores: Any = None
+    forced: Iterator[Mapping[BranchKey, Tensor]] | None = None
+
+
+_OVERRIDES: contextvars.ContextVar[Mapping[GateSkipState, Override]] = contextvars.ContextVar(
+    "gateskip_overrides"
+)
+_NOTHING = Override()
+
+
+def current(state: GateSkipState) -> Override:
+    """This thread's override for a model."""
+    table = _OVERRIDES.get({})
+    return table.get(state, _NOTHING)
+
+
+@contextlib.contextmanager
+def override(state: GateSkipState, **changes: Any) -> Iterator[Override]:
+    """Change this thread's override for a model within the block."""
+    table = dict(_OVERRIDES.get({}))
+    table[state] = dataclasses.replace(current(state), **changes)
+    token = _OVERRIDES.set(table)
+    try:
+        yield table[state]
+    finally:
+        _OVERRIDES.reset(token)
+
+
+def check_execution(mode: str) -> None:
+    """Raise ConfigError unless ``mode`` is an execution."""
+    one_of("execution", mode, EXECUTIONS)
+
+
+def effective_budget(state: GateSkipState) -> Budget | None:
+    """This thread's budget, else the model's default."""
+    return current(state).budget or state.default_budget
+
+
+def replay(state: GateSkipState, decisions: Sequence[Mapping[BranchKey, Tensor]]) -> Any:
+    """Context: coming calls take these decisions instead of making their own."""
+    return override(state, forced=iter(decisions))

@@ -1,0 +1,118 @@
+"""Tiny random models and gates for the tests."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import gateskip
+from gateskip.config import BranchKey
+from gateskip.data import Batch
+from gateskip.fitting.closed_loop import keep_all, measure
+from gateskip.retrofit.attach import gated_branches
+from gateskip.skipping.compensation import Compensation, set_compensation
+from gateskip.skipping.policy import ThresholdTable
+from gateskip.skipping.state import state_of
+
+FAMILIES = ("llama", "mistral", "mistral_window", "qwen2", "qwen3")
+VOCAB, LAYERS = 128, 4
+
+
+def tiny(family: str = "llama", attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
+    """A random model whose branches matter: weights are larger than at a usual initialisation."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "vocab_size": VOCAB, "max_position_embeddings": 256, "initializer_range": 0.12,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    name = family.removesuffix("_window")
+    if name == "mistral":
+        options["sliding_window"] = 6 if family.endswith("_window") else None
+    config = AutoConfig.for_model(name, **options)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return model.to(dtype).eval()
+
+
+def gated(
+    family: str = "llama",
+    attention: str = "sdpa",
+    *,
+    compensation: str = "none",
+    kv_source: str = "project",
+    kind: str = "low_rank",
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A tiny model with random gates that disagree about tokens, and random compensation."""
+    config = gateskip.GateConfig(
+        kind=kind, init_std=0.3, init_bias=1.0, rank=4, compensation=compensation,  # type: ignore[arg-type]
+        kv_source=kv_source, compensation_rank=4,  # type: ignore[arg-type]
+    )  # fmt: skip
+    model = gateskip.attach(tiny(family, attention, dtype), config)
+    state = state_of(model)
+    generator = torch.Generator().manual_seed(1)
+    if compensation != "none":
+        for module in gated_branches(model, state.family).values():
+            random = [torch.randn(s, generator=generator) * 0.3 for s in ((64,), (4, 64), (64, 4))]
+            thin = random[1:] if compensation == "low_rank" else []
+            set_compensation(module, Compensation(random[0], *thin))
+        state.compensated = True
+    return model
+
+
+def medians(model: nn.Module, quantile: float = 0.5) -> dict[BranchKey, float]:
+    """Thresholds at a quantile of each branch's scores on random ids."""
+    ids = random_ids(4, 32, seed=5)
+    ones = torch.ones_like(ids)
+    seen = measure(model, [Batch(ids, ones, ones.bool())], keep_all(state_of(model)))
+    return {k: float(torch.tensor(s).quantile(quantile)) for k, s in seen.scores.items()}
+
+
+def with_table(model: nn.Module) -> nn.Module:
+    """Give the model a policy with four grid points."""
+    state = state_of(model)
+    rows = [medians(model, q) for q in (0.0, 0.25, 0.5, 0.75)]
+    state.policy = ThresholdTable(
+        allocation="uniform", weigh_cost=False, keep=(1.0, 0.75, 0.5, 0.25),
+        compute=(1.02, 0.8, 0.55, 0.3), tokens=1000, mean_keys=16.0,
+        thresholds=tuple(tuple(row[b] for b in state.branches) for row in rows),
+    )  # fmt: skip
+    return model
+
+
+def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
+    """Fixed random token ids, none of them special."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(batch: int, length: int, side: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, mask, position_ids); row r lacks 2·r tokens on ``side`` ("none": no padding)."""
+    ids, mask = random_ids(batch, length), torch.ones(batch, length, dtype=torch.long)
+    for row in range(batch):
+        if side == "left":
+            mask[row, : 2 * row] = 0
+        elif side == "right" and row:
+            mask[row, -2 * row :] = 0
+    return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def through_cache(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, steps: int) -> Tensor:
+    """Logits of fixed ids fed through a cache: one half at once, then ``steps`` at a time."""
+    start = ids.shape[1] // 2
+    cuts = [0, *range(start, ids.shape[1], steps), ids.shape[1]]
+    cache, logits = None, []
+    for a, b in itertools.pairwise(cuts):
+        out = model(
+            ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b],
+            use_cache=True, **({} if cache is None else {"cache": cache}),
+        )  # fmt: skip
+        cache = out.cache
+        logits.append(out.logits)
+        lengths = {cache.get_seq_length(layer) for layer in range(LAYERS)}
+        assert lengths == {b}, "I8: every layer's cache is equally long after every step"
+    return torch.cat(logits, 1)
