@@ -11,12 +11,12 @@ from torch import nn
 from gateskip.config import Budget, GateConfig
 from gateskip.errors import UnsupportedError
 from gateskip.execution.hooks import WIRING, check_backend
-from gateskip.retrofit.attach import find_family, install, uninstall
+from gateskip.retrofit.attach import find_family, install, resume, suspend, uninstall
 from gateskip.retrofit.fingerprint import fingerprint
 from gateskip.skipping.ledger import Trace
 from gateskip.skipping.state import GateSkipState, check_execution, override, state_of
 
-__all__ = ["attach", "budget", "detach", "execution", "set_budget", "trace"]
+__all__ = ["attach", "budget", "dense", "detach", "execution", "set_budget", "trace"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -113,3 +113,17 @@ def execution(model: nn.Module, mode: str) -> Iterator[None]:
     check_execution(mode)
     with override(state_of(model), execution=mode):
         yield
+
+
+@contextlib.contextmanager
+def dense(model: nn.Module) -> Iterator[None]:
+    """Run as the dense Hugging Face model within the block: the same weights, no gates.
+
+    For all threads, since the layers' classes change.
+    """
+    state = state_of(model)
+    kept = suspend(model, state.family, WIRING)
+    try:
+        yield
+    finally:
+        resume(model, state.family, WIRING, kept)

