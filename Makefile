@@ -27,8 +27,13 @@ fix: setup
 demo: setup
 	$(BIN)/python examples/demo/demo.py
 
-bench: setup
-	$(BIN)/python benchmarks/run.py
+bench: setup demo-output/gates
+	$(BIN)/python benchmarks/run.py --gates demo-output/gates \
+	  --data examples/demo/data/heldout.jsonl --keep 0.75 0.5 0.3 --new-tokens 32 \
+	  --json benchmarks/results/bench_smollm2_135m.json
+
+demo-output/gates:
+	$(MAKE) demo
 
 docs: setup
 	$(BIN)/python docs/build.py

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from rich.console import Console
 
@@ -23,7 +24,7 @@ COMPUTE = (0.9, 0.8, 0.7, 0.5)
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Time gates against their dense model.")
-    parser.add_argument("--model", required=True, help="base model, a folder or name")
+    parser.add_argument("--model", help="base model; default: the one saved with the gates")
     parser.add_argument("--gates", required=True, help="folder that gateskip.save wrote")
     parser.add_argument("--data", help="text to run, .jsonl or .txt; random ids without it")
     parser.add_argument("--json", required=True, help="file for the result")
@@ -39,6 +40,19 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def command(options: argparse.Namespace) -> str:
+    """The command line for the result's header, with names where folders of one machine stood."""
+    words = ["python benchmarks/run.py"]
+    for name, value in vars(options).items():
+        if value is None or value is False:
+            continue
+        shown = Path(value).name if name in ("model", "gates", "data", "json") else value
+        shown = " ".join(map(str, shown)) if isinstance(shown, list) else shown
+        flag = f"--{name.replace('_', '-')}"
+        words.append(flag if value is True else f"{flag} {shown}")
+    return " ".join(words)
+
+
 def run(options: argparse.Namespace) -> None:
     """Check everything that can be checked early, time, print and write."""
     check_json(options.json)
@@ -50,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
         options.gates, options.model, budgets=budgets, texts=texts, batch=options.batch,
         prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens,
         dtypes=options.dtypes, repeats=options.repeats, compiled=not options.no_compiled,
-        seed=options.seed, progress=True,
+        seed=options.seed, command=command(options), progress=True,
     )  # fmt: skip
     print_bench(result, Console())
     write_json(options.json, result)

@@ -79,6 +79,7 @@ def shopping(r: R) -> Problem:
     name, food, price, n = r.choice(NAMES), r.choice(FOODS), r.randint(2, 9), r.randint(3, 12)
     extra, note = r.randint(1, 9), r.choice((100, 150, 200))
     bill = price * n + extra
+    note = note if note > bill else 150  # a bill is at most 117
     question = (
         f"{name} buys {n} {food} at ${price} each and a bag for ${extra}, and pays with ${note}. "
         "How much change comes back?"
@@ -411,7 +412,8 @@ def generate(count: int, seed: int, avoid: frozenset[str] = frozenset()) -> list
         avoid: questions that must not occur (those of another split).
     """
     rng = random.Random(seed)
-    seen, rows = set(avoid), []
+    seen = set(avoid)
+    rows: list[dict[str, str]] = []
     while len(rows) < count:
         question, steps, answer = rng.choice(TEMPLATES)(rng)
         if question in seen:

@@ -300,3 +300,204 @@ def test_bfloat16_compacted_is_masked(kv: str) -> None:
     valid = mask.bool()
     scale = slow[valid].float().std()
     assert float((fast - slow)[valid].float().abs().max()) < 0.1 * float(scale)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_i1_detach_restores_everything(family: str) -> None:
+    model = tiny(family)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    modules = {name: (id(module), type(module)) for name, module in model.named_modules()}
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    gateskip.attach(model)
+    gateskip.detach(model)
+    assert {n: (id(m), type(m)) for n, m in model.named_modules()} == modules
+    assert {n: set(vars(m)) for n, m in model.named_modules()} == attributes
+    assert not model.model._forward_pre_hooks
+    after = model.state_dict()
+    assert list(after) == list(state)
+    assert all(torch.equal(after[name], value) for name, value in state.items())
+
+
+@cases
+@torch.no_grad()
+def test_i2_through_the_cache(family: str, attention: str, side: str, kv: str, comp: str) -> None:
+    model = gated(family, attention, kv_source=kv, compensation=comp)
+    state, thresholds = state_of(model), medians(model)
+    for batch in (1, 3):
+        ids, mask, positions = padded(batch, 12, side)
+        if side == "right":
+            # A row that has ended keeps its padding; new tokens are real again after it.
+            mask[:, 6:] = 1
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with override(state, thresholds=thresholds), gateskip.trace(model) as own:
+            fast = through_cache(model, ids, mask, positions, 1)
+        decisions = [call.keep for call in own.calls]
+        with replay(state, decisions), gateskip.execution(model, "masked"):
+            slow = through_cache(model, ids, mask, positions, 1)
+        valid = mask.bool()
+        torch.testing.assert_close(fast[valid], slow[valid], atol=1e-5, rtol=1e-5)
+        with replay(state, decisions):  # replayed decisions take the general path, not the single
+            again = through_cache(model, ids, mask, positions, 1)
+        torch.testing.assert_close(again[valid], slow[valid], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "kv"), list(product(FAMILIES, ("project", "previous"))))
+@torch.no_grad()
+def test_i3_longer_chunks(family: str, kv: str) -> None:
+    model = gated(family, kv_source=kv, compensation="low_rank")
+    ids, mask, positions = padded(3, 20, "left")
+    with override(state_of(model), thresholds=medians(model)):
+        with gateskip.trace(model) as once:
+            whole = model(ids, attention_mask=mask, position_ids=positions).logits
+        with gateskip.trace(model) as stepwise:
+            parts = through_cache(model, ids, mask, positions, 5)
+    valid = mask.bool()
+    torch.testing.assert_close(parts[valid], whole[valid], atol=2e-5, rtol=1e-4)
+    for key, masks in stepwise.keep.items():
+        assert torch.equal(torch.cat(masks, 1), once.keep[key][0]), key
+
+
+@pytest.mark.parametrize("kv", ["project", "previous"])
+@torch.no_grad()
+def test_i4_i5_with_both_kinds_of_position_ids(kv: str) -> None:
+    model = gated("qwen2", kv_source=kv, compensation="mean")
+    ids, mask, positions = padded(3, 14, "left")
+    thresholds = medians(model)
+    with override(state_of(model), thresholds=thresholds):
+        batch = model(ids, attention_mask=mask, position_ids=positions)
+        changed = ids.clone()
+        changed[:, 9:] = random_ids(3, 5, seed=4)
+        other = model(changed, attention_mask=mask, position_ids=positions)
+        early = mask.bool()[:, :9]
+        torch.testing.assert_close(
+            batch.logits[:, :9][early], other.logits[:, :9][early], atol=1e-5, rtol=1e-5
+        )
+        # A raw forward of a left-padded batch has position ids 0 1 2 3, generate's 0 0 0 1.
+        raw = model(ids, attention_mask=mask)
+        valid = mask.bool()
+        torch.testing.assert_close(batch.logits[valid], raw.logits[valid], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kv", ["project", "previous"])
+@torch.no_grad()
+def test_i6_batch_one_decoding_runs_only_what_the_ledger_says(kv: str) -> None:
+    model = gated("qwen3", kv_source=kv, compensation="none")
+    ids, mask, positions = padded(1, 16, "none")
+    thresholds = medians(model)
+    rows, handles = counted(model)
+    with override(state_of(model), thresholds=thresholds), gateskip.trace(model) as trace:
+        through_cache(model, ids, mask, positions, 1)
+    for handle in handles:
+        handle.remove()
+    assert 0.2 < trace.ledger.skip_rate < 0.8
+    for layer in range(LAYERS):
+        kept = sum(int(m.sum()) for m in trace.keep[(layer, "attention")])
+        own_kv = ids.numel() if kv == "project" else kept
+        assert rows.get(f"{layer}.self_attn.q_proj", 0) == kept
+        assert rows.get(f"{layer}.self_attn.o_proj", 0) == kept
+        assert rows.get(f"{layer}.self_attn.k_proj", 0) == own_kv
+        assert rows.get(f"{layer}.self_attn.v_proj", 0) == own_kv
+        kept = sum(int(m.sum()) for m in trace.keep[(layer, "mlp")])
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            assert rows.get(f"{layer}.mlp.{name}", 0) == kept
+
+
+@torch.no_grad()
+def test_i6_rows_of_the_ledger_add_up() -> None:
+    model = gated(compensation="low_rank")
+    ids, mask, positions = padded(3, 14, "left")
+    with override(state_of(model), thresholds=medians(model)), gateskip.trace(model) as trace:
+        model(ids, attention_mask=mask, position_ids=positions)
+    ledger = trace.ledger
+    assert sum(ledger.rows_dense) == pytest.approx(ledger.macs_dense)
+    assert sum(ledger.rows_spent) == pytest.approx(ledger.macs_spent)
+    assert ledger.pairs == int(mask.sum()) * 2 * LAYERS
+    assert ledger.pairs_kept == sum(int(m.sum()) for masks in trace.keep.values() for m in masks)
+    assert 0 < ledger.bytes_spent
+    assert all(not bool((m & ~mask.bool()).any()) for masks in trace.keep.values() for m in masks)
+
+
+@pytest.mark.parametrize("name", ["keep", "compute"])
+@torch.no_grad()
+def test_i7_supersets_for_the_same_inputs(name: str) -> None:
+    """Every branch sees the dense model's inputs, so that only the thresholds differ."""
+    model = with_table(gated())
+    state, ids = state_of(model), random_ids(2, 20)
+
+    class Scores:
+        def __init__(self) -> None:
+            self.seen: dict[Any, torch.Tensor] = {}
+
+        def add(self, key: Any, score_BT: torch.Tensor, call: Any) -> None:
+            self.seen[key] = score_BT.clone()
+
+    scores = Scores()
+    with override(state, thresholds=dict.fromkeys(state.branches, -1e9), scores=scores):
+        model(ids)
+    budgets = [gateskip.Budget(**{name: b}) for b in (1.0, 0.99, 0.9, 0.75, 0.6, 0.5, 0.35)]
+    rows = [state.resolve(budget) for budget in budgets]
+    for larger, smaller in pairwise(rows):
+        for key, score in scores.seen.items():
+            more = score >= (-1e9 if larger is None else larger[key])
+            fewer = score >= (-1e9 if smaller is None else smaller[key])
+            assert not bool((fewer & ~more).any())
+
+
+@pytest.mark.parametrize("kv", ["project", "previous"])
+@torch.no_grad()
+def test_i8_select_reset_and_use_again(kv: str) -> None:
+    model = gated(kv_source=kv, compensation="mean")
+    ids = random_ids(3, 14)
+    with override(state_of(model), thresholds=medians(model)):
+        whole = model(ids).logits
+        cache = model(ids[:, :10], use_cache=True).cache
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        chosen = model(ids[[2, 0], 10:], cache=cache, use_cache=True).logits
+        torch.testing.assert_close(chosen, whole[[2, 0], 10:], atol=1e-5, rtol=1e-4)
+        assert {cache.get_seq_length(layer) for layer in range(LAYERS)} == {14}
+        for _ in range(2):
+            cache.reset()
+            assert {cache.get_seq_length(layer) for layer in range(LAYERS)} == {0}
+            again = model(ids[:2], cache=cache, use_cache=True).logits
+            torch.testing.assert_close(again, whole[:2], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_i10_two_equal_models_and_two_equal_runs() -> None:
+    first, second = gated("qwen3", compensation="mean"), gated("qwen3", compensation="mean")
+    ids, mask, positions = padded(3, 14, "left")
+    thresholds = medians(first)
+    assert medians(second) == thresholds
+    results = []
+    for model in (first, second, first):
+        with override(state_of(model), thresholds=thresholds):
+            results.append(through_cache(model, ids, mask, positions, 3))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    ("family", "comp"),
+    [
+        pytest.param(f, c, marks=() if (f, c) == ("qwen3", "mean") else pytest.mark.slow)
+        for f, c in product(FAMILIES, ("none", "mean"))
+    ],
+)
+@torch.no_grad()
+def test_bfloat16_through_the_cache(family: str, comp: str) -> None:
+    model = gated(family, compensation=comp, dtype=torch.bfloat16)
+    state = state_of(model)
+    thresholds = medians(model)
+    for batch in (1, 2):
+        ids, mask, positions = padded(batch, 12, "left")
+        with override(state, thresholds=thresholds), gateskip.trace(model) as own:
+            fast = through_cache(model, ids, mask, positions, 1)
+        with (
+            replay(state, [call.keep for call in own.calls]),
+            gateskip.execution(model, "masked"),
+        ):
+            slow = through_cache(model, ids, mask, positions, 1)
+        valid = mask.bool()
+        difference = (fast - slow)[valid].float().abs()
+        assert float(difference.max()) <= 2e-2 * float(slow[valid].float().abs().max())

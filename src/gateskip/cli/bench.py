@@ -14,7 +14,7 @@ from gateskip.cli.loading import (
     KeepsOption,
     budgets_of,
 )
-from gateskip.cli.output import JsonOption, check_json, console_for, write_json
+from gateskip.cli.output import STDOUT, JsonOption, check_json, console_for, write_json
 
 __all__ = ["bench"]
 
@@ -51,7 +51,7 @@ def bench(
     result = bench_gates(
         gates, base, budgets=budgets, texts=texts, batch=batch, prompt_tokens=prompt_tokens,
         new_tokens=new_tokens, dtypes=dtype or ("bfloat16", "float32"), repeats=repeats,
-        compiled=compiled, seed=seed, progress=True,
+        compiled=compiled, seed=seed, progress=json != STDOUT,
     )  # fmt: skip
     print_bench(result, console_for(json))
     write_json(json, result)

@@ -10,7 +10,7 @@ import typer
 
 from gateskip.cli.fit import print_floor
 from gateskip.cli.loading import BaseOption, DataOption, DtypeOption, GatesArgument, load_gated
-from gateskip.cli.output import JsonOption, check_json, console_for, write_json
+from gateskip.cli.output import STDOUT, JsonOption, check_json, console_for, write_json
 from gateskip.config import ALLOCATIONS, one_of
 
 __all__ = ["calibrate"]
@@ -48,7 +48,7 @@ def calibrate(
     model, tokenizer = load_gated(gates, base, dtype)
     table = gateskip.calibrate(
         model, rows, tokenizer, allocation=allocation, weigh_cost=weigh_cost,
-        max_tokens=max_tokens, progress=True,
+        max_tokens=max_tokens, progress=json != STDOUT,
     )  # fmt: skip
     print_floor(console, table)
     gateskip.save(model, out, overwrite=overwrite)

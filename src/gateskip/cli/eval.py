@@ -18,7 +18,7 @@ from gateskip.cli.loading import (
     budgets_of,
     load_gated,
 )
-from gateskip.cli.output import JsonOption, check_json, console_for, write_json
+from gateskip.cli.output import STDOUT, JsonOption, check_json, console_for, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -53,7 +53,7 @@ def evaluate(
     model, tokenizer = load_gated(gates, base, dtype)
     rows = run(
         model, texts, tokenizer, budgets=budgets, max_length=max_length, max_tokens=max_tokens,
-        progress=True,
+        progress=json != STDOUT,
     )  # fmt: skip
     console.print(_table(rows))
     write_json(json, {"rows": [dataclasses.asdict(row) for row in rows]})

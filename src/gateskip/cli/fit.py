@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gateskip.cli.loading import DataOption, DtypeOption, load_base
-from gateskip.cli.output import JsonOption, check_json, console_for, write_json
+from gateskip.cli.output import STDOUT, JsonOption, check_json, console_for, write_json
 
 __all__ = ["fit"]
 
@@ -60,7 +60,7 @@ def fit(
     console = console_for(json)
     base, tokenizer = load_base(model, dtype)
     gateskip.attach(base, config)
-    report = gateskip.fit(base, rows, tokenizer, max_tokens=max_tokens, progress=True)
+    report = gateskip.fit(base, rows, tokenizer, max_tokens=max_tokens, progress=json != STDOUT)
     mean_r2 = sum(report.r2.values()) / len(report.r2)
     console.print(
         f"Fitted {len(report.r2)} gates on {report.tokens:,} tokens in {report.seconds:.0f} s; "
@@ -68,7 +68,7 @@ def fit(
     )
     table = None
     if calibration:
-        table = gateskip.calibrate(base, calibration_rows, tokenizer, progress=True)
+        table = gateskip.calibrate(base, calibration_rows, tokenizer, progress=json != STDOUT)
         print_floor(console, table)
     gateskip.save(base, out, overwrite=overwrite)
     console.print(f"Saved to {out}.")

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,7 @@ from rich.console import Console
 
 from gateskip.errors import OutputError
 
-__all__ = ["JsonOption", "check_json", "console_for", "write_json"]
+__all__ = ["STDOUT", "JsonOption", "check_json", "console_for", "write_json"]
 
 STDOUT = "-"
 
@@ -57,16 +56,14 @@ def write_json(target: str | None, data: Any) -> None:
         sys.stdout.write(text)
         return
     path = Path(target)
-    temporary: str | None = None
+    # Opened plainly, so that the file gets the usual permissions, not mkstemp's private ones.
+    temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise OutputError(f"--json {target!r} could not be written: {error}.") from error
 
 

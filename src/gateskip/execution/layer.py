@@ -60,7 +60,9 @@ class _Branch:
         plain = call.forced is None and call.scores is None and importance == "mean_logit"
         if call.single and plain:
             return self._decide_single(h_BTH)
-        score_BT = branch_score(h_BTH, self.norm, self.eps, self.gate, importance)
+        # A hard decision has no gradient; without a graph, recomputation can replay it as it is.
+        with torch.no_grad():
+            score_BT = branch_score(h_BTH, self.norm, self.eps, self.gate, importance)
         return call.decide(self.key, score_BT)
 
     @property

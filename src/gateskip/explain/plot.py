@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,7 @@ def _draw(usage: Usage, labels: Sequence[str]) -> Any:
     grid = figure.add_gridspec(rows, 1, height_ratios=[panel] * (rows - 1) + [1.6])
     figure.suptitle(
         f"{usage.skip_rate:.1%} of token×branch pairs skipped, "
-        f"{usage.macs_saved:.1%} of decoder MACs saved (net)"
+        f"{usage.macs_saved:.1%} of decoder MACs saved (net); dark: computed, light: skipped"
     )
     for strip, start in enumerate(starts):
         for row, kind in enumerate(kinds):
@@ -136,7 +135,7 @@ def _bars(axes: Any, usage: Usage) -> None:
     axes.set_ylabel("skipped, %")
     axes.set_ylim(0, 100)
     axes.margins(x=0.01)
-    axes.legend(fontsize=8, loc="upper right")
+    axes.legend(fontsize=8, loc="upper left", ncols=2)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
@@ -144,14 +143,13 @@ def _bars(axes: Any, usage: Usage) -> None:
 def _write(figure: Any, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    temporary: str | None = None
+    # Opened plainly, so that the file gets the usual permissions, not mkstemp's private ones.
+    temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with os.fdopen(handle, "wb") as stream:
+        with temporary.open("wb") as stream:
             FigureCanvasAgg(figure).print_png(stream, metadata={"Software": "gateskip"})
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise OutputError(f"path={str(path)!r} could not be written: {error}.") from error

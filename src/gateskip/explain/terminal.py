@@ -12,8 +12,8 @@ from gateskip.explain.usage import Usage
 
 __all__ = ["print_usage"]
 
-SHADES = " ░▒▓█"
-COLOURS = ("grey35", "blue", "cyan", "yellow", "red")
+SHADES = "░▒▓█"
+COLOURS = ("blue", "cyan", "yellow", "red")
 BAR_WIDTH = 20
 
 
@@ -29,10 +29,9 @@ def print_usage(usage: Usage, tokens: Sequence[str], console: Console) -> None:
     """
     usage.check_tokens(tokens)
     console.print(_shaded(usage, tokens))
-    low, high = SHADES[1], SHADES[-1]
-    console.print(
-        Text(f"\n{low} few of the branches used   {high} all of them used\n", style="dim")
-    )
+    low, high = _range(usage)
+    legend = f"\n{SHADES[0]} {low:.0%} of the branches used, {SHADES[-1]} {high:.0%}\n"
+    console.print(Text(legend, style="dim"))
     console.print(_by_layer(usage))
     kinds = ", ".join(f"{kind} {rate:.1%}" for kind, rate in usage.skip_by_kind.items())
     console.print(
@@ -42,12 +41,19 @@ def print_usage(usage: Usage, tokens: Sequence[str], console: Console) -> None:
     )
 
 
+def _range(usage: Usage) -> tuple[float, float]:
+    """Smallest and largest share of branches; the first token, always computed, is left out."""
+    shares = usage.used_share[1:].tolist() or usage.used_share.tolist()
+    return min(shares), max(shares)
+
+
 def _shaded(usage: Usage, tokens: Sequence[str]) -> Text:
+    low, high = _range(usage)
     text = Text()
     for token, share in zip(tokens, usage.used_share.tolist(), strict=True):
-        level = min(int(share * len(SHADES)), len(SHADES) - 1)
-        text.append(SHADES[level], style=COLOURS[level])
-        text.append(token, style=COLOURS[level])
+        place = 1.0 if high == low else (share - low) / (high - low)
+        level = min(max(round(place * (len(SHADES) - 1)), 0), len(SHADES) - 1)
+        text.append(SHADES[level] + token, style=COLOURS[level])
     return text
 
 

@@ -76,7 +76,7 @@ def run_pass(
     state = state_of(model)
     decoder = model.get_submodule(state.family.decoder)
     device = next(decoder.parameters()).device
-    shown = track(batches, description=title) if title else batches
+    shown = track(batches, description=title, transient=True) if title else batches
     with eval_mode(model), override(state, thresholds=thresholds, **override_fields):
         for batch in shown:
             decoder(

@@ -1,0 +1,209 @@
+"""Every command on a tiny model, and one line per error."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from gateskip.cli.main import app, main
+from gateskip.config import GateConfig
+from gateskip.costs import break_even_skip_rate, gate_parameters
+from models import LAYERS, VOCAB, tiny
+
+SPECIAL = ["<pad>", "<s>", "</s>"]
+WORDS = [f"w{n}" for n in range(VOCAB - len(SPECIAL))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base/, a model with a tokenizer; data.jsonl; gates/, made by the command itself."""
+    root = tmp_path_factory.mktemp("cli")
+    tiny().save_pretrained(root / "base")
+    vocabulary = {word: index for index, word in enumerate(SPECIAL + WORDS)}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.save_pretrained(root / "base")
+    choose = random.Random(0)
+    rows = [{"text": " ".join(choose.choices(WORDS, k=48))} for _ in range(24)]
+    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = as_json(
+        "fit", root / "base", "--data", root / "data.jsonl", "--out", root / "gates",
+        "--rank", 4, "--compensation-rank", 4,
+    )  # fmt: skip
+    assert len(found["r2"]) == 2 * LAYERS
+    return root
+
+
+def run(*arguments: object) -> str:
+    """Run a command that must succeed; its standard output."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return str(result.stdout)
+
+
+def as_json(*arguments: object) -> Any:
+    return json.loads(run(*arguments, "--json", "-"))
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run a command that must fail; its one line on standard error."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(a) for a in arguments])
+    assert stopped.value.code == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_fit_wrote_gates(folder: Path) -> None:
+    assert {p.name for p in (folder / "gates").iterdir()} == {
+        "gateskip_config.json",
+        "gateskip_model.safetensors",
+    }
+    saved = json.loads((folder / "gates" / "gateskip_config.json").read_text())
+    assert saved["gate"]["rank"] == 4
+    assert saved["policy"]["tokens"] >= 1_000
+
+
+def test_calibrate(folder: Path, tmp_path: Path) -> None:
+    found = as_json(
+        "calibrate", folder / "gates", "--data", folder / "data.jsonl", "--out", tmp_path / "new",
+        "--allocation", "uniform",
+    )  # fmt: skip
+    assert found["policy"]["allocation"] == "uniform"
+    assert (tmp_path / "new" / "gateskip_config.json").is_file()
+
+
+def test_generate(folder: Path) -> None:
+    found = as_json(
+        "generate", folder / "gates", "--prompt", "w1 w2 w3", "--keep", 0.7,
+        "--max-new-tokens", 5,
+    )  # fmt: skip
+    assert 1 <= found["new_tokens"] <= 5
+    assert found["budget"] == {"keep": 0.7}
+    assert found["skip_rate"] > 0
+    plain = run("generate", folder / "gates", "--prompt", "w1 w2", "--max-new-tokens", 2)
+    assert "skipped 0.0%" in plain
+
+
+def test_eval(folder: Path, tmp_path: Path) -> None:
+    shown = run(
+        "eval", folder / "gates", "--data", folder / "data.jsonl", "--keep", 0.9, "--keep", 0.7,
+        "--compute", 0.8, "--max-tokens", 400, "--json", tmp_path / "eval.json",
+    )  # fmt: skip
+    assert "dense" in shown
+    assert "keep=0.7" in shown
+    rows = json.loads((tmp_path / "eval.json").read_text())["rows"]
+    assert [row["arm"] for row in rows] == ["dense"] + ["gateskip"] * 3
+    assert rows[2]["skip_rate"] > rows[1]["skip_rate"]
+    assert [p.name for p in tmp_path.iterdir()] == ["eval.json"], "no temporary file is left"
+
+
+def test_bench(folder: Path) -> None:
+    found = as_json(
+        "bench", folder / "gates", "--data", folder / "data.jsonl", "--keep", 0.7, "--batch", 2,
+        "--prompt-tokens", 12, "--new-tokens", 3, "--dtype", "float32", "--repeats", 2,
+        "--no-compiled",
+    )  # fmt: skip
+    assert {row["phase"] for row in found["rows"]} == {"prefill", "decode"}
+    assert {row["model"] for row in found["rows"]} == {"base"}
+
+
+def test_explain(folder: Path, tmp_path: Path) -> None:
+    found = as_json(
+        "explain", folder / "gates", "--text", "w5 w6 w7 w8", "--keep", 0.6,
+        "--png", tmp_path / "usage.png",
+    )  # fmt: skip
+    assert found["tokens"] == ["w5", "w6", "w7", "w8"]
+    assert len(found["kept"][0]) == 2 * LAYERS
+    assert (tmp_path / "usage.png").stat().st_size > 0
+
+
+def test_info_reads_the_config_alone(folder: Path, tmp_path: Path) -> None:
+    config = (folder / "base" / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config)
+    found = as_json("info", tmp_path, "--context", 16)
+    rows = {row["kind"]: row for row in found["gates"]}
+    for kind, row in rows.items():
+        assert row["parameters"] == 2 * LAYERS * gate_parameters(kind, 64, 16)
+    from gateskip.retrofit.attach import find_family
+
+    hf_config = tiny().config
+    shape = find_family(hf_config).shape_of_config(hf_config, 2)
+    assert found["decoder_macs"] == shape.dense_macs(16)
+    expected = break_even_skip_rate(shape, GateConfig(kind="scalar"), 16)
+    assert rows["scalar"]["break_even_skip_rate"] == pytest.approx(expected)
+    assert "pays from" in run("info", tmp_path)
+
+
+def test_info_families() -> None:
+    assert "llama" in run("info", "--families").split()
+
+
+def test_help_is_light() -> None:
+    code = (
+        "import sys, gateskip.cli.main; "
+        "sys.exit(bool({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("fit", "{0}/base", "--data", "{0}/data.jsonl", "--out", "{0}/gates"), "--overwrite"),
+        (("fit", "{0}/base", "--data", "{0}/no.jsonl", "--out", "{0}/new"), "not a file"),
+        (("fit", "{0}/base", "--data", "{0}/data.jsonl", "--out", "{0}/new", "--kind", "low_rnk"),
+         "low_rank"),
+        (("fit", "{0}/none", "--data", "{0}/data.jsonl", "--out", "{0}/new"), "not be loaded"),
+        (("fit", "{0}/base", "--data", "{0}/data.jsonl", "--out", "{0}/new", "--dtype", "int3"),
+         "dtype='int3'"),
+        (("calibrate", "{0}/gates", "--data", "{0}/data.jsonl", "--out", "{0}/new",
+          "--allocation", "globl"), "Did you mean 'global'"),
+        (("generate", "{0}/base", "--prompt", "w1"), "no gateskip folder"),
+        (("generate", "{0}/gates", "--prompt", "w1", "--keep", "0.9", "--compute", "0.9"),
+         "exactly one"),
+        (("generate", "{0}/gates", "--prompt", "w1", "--keep", "0.01"), "floor"),
+        (("generate", "{0}/gates", "--prompt", "w1", "--chat"), "--no-chat"),
+        (("eval", "{0}/gates", "--data", "{0}/data.jsonl", "--keep", "7"), "keep=7.0"),
+        (("eval", "{0}/gates", "--data", "{0}/data.jsonl", "--json", "{0}/no/x.json"),
+         "does not exist"),
+        (("bench", "{0}/gates", "--data", "{0}/data.jsonl", "--dtype", "float32"), "tokens need"),
+        (("explain", "{0}/gates", "--text", "w1", "--png", "{0}/no/x.png"), "--png"),
+        (("info",), "--families"),
+        (("info", "{0}/none"), "no config that loads"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    line = fails(capsys, *(argument.format(folder) for argument in arguments))
+    assert message in line
+    assert not (folder / "new").exists(), "nothing was written"
+
+
+def test_debug_shows_the_traceback() -> None:
+    from gateskip.errors import ConfigError
+
+    with pytest.raises(ConfigError):
+        main(["--debug", "info"])

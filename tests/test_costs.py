@@ -1,0 +1,129 @@
+"""Costs against counts by hand and against real modules."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from gateskip.config import GateConfig
+from gateskip.costs import (
+    ModelShape,
+    branch_cost,
+    break_even_skip_rate,
+    compensation_macs,
+    gate_macs,
+    gate_parameters,
+    saved_macs,
+)
+from gateskip.errors import ConfigError
+from gateskip.gates import GATES
+from gateskip.retrofit.attach import find_family
+from models import FAMILIES, tiny
+
+SHAPE = ModelShape(
+    layers=2, hidden=8, heads=4, kv_heads=2, head_dim=3, intermediate=10, vocab=20, weight_bytes=2
+)
+
+
+def test_shape_by_hand() -> None:
+    assert SHAPE.macs_q_o == 2 * 8 * 12
+    assert SHAPE.macs_kv == 2 * 8 * 6
+    assert SHAPE.macs_per_key == 2 * 12
+    assert SHAPE.macs_mlp == 3 * 8 * 10
+    assert SHAPE.macs_lm_head == 8 * 20
+    assert SHAPE.dense_macs(5) == 2 * (192 + 96 + 240 + 24 * 5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shape_of_a_model_is_its_weights(family: str) -> None:
+    model = tiny(family)
+    shape = find_family(model.config).shape(model)
+    layer = model.model.layers[0]
+    attention, mlp = layer.self_attn, layer.mlp
+    q_o = attention.q_proj.weight.numel() + attention.o_proj.weight.numel()
+    assert shape.macs_q_o == q_o
+    assert shape.macs_kv == attention.k_proj.weight.numel() + attention.v_proj.weight.numel()
+    assert shape.macs_mlp == sum(p.numel() for n, p in mlp.named_parameters() if "proj" in n)
+    assert shape.macs_lm_head == model.lm_head.weight.numel()
+    assert shape.weight_bytes == 4
+    assert find_family(model.config).shape(tiny(family, dtype=torch.bfloat16)).weight_bytes == 2
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "scalar", "vector"])
+def test_gate_parameters_are_the_modules(kind: str) -> None:
+    config = GateConfig(kind=kind, rank=4)
+    gate = GATES.get(kind).build(config, 24, torch.Generator())
+    assert gate_parameters(kind, 24, 4) == sum(p.numel() for p in gate.parameters())
+    weights = sum(p.numel() for n, p in gate.named_parameters() if n != "bias")
+    assert gate_macs(kind, 24, 4) == weights
+
+
+def test_unknown_gate_kind() -> None:
+    with pytest.raises(ConfigError, match="cubic"):
+        gate_macs("cubic", 8, 2)
+
+
+def test_branch_costs_by_hand() -> None:
+    config = GateConfig(rank=2, compensation="low_rank", compensation_rank=3)
+    attention, mlp = branch_cost(SHAPE, config, (0, "attention")), branch_cost(
+        SHAPE, config, (1, "mlp")
+    )  # fmt: skip
+    assert (attention.computed, attention.per_key) == (192 + 96, 24)
+    assert (mlp.computed, mlp.per_key) == (240, 0)
+    assert attention.kept_gate == mlp.kept_gate == 2 * 8 * 2
+    assert attention.decision == mlp.decision == 8
+    assert attention.skipped == 96 + 2 * 8 * 3
+    assert mlp.skipped == 2 * 8 * 3
+    assert saved_macs(attention, 5) == 288 + 24 * 5 + 32 - 96 - 48
+
+
+def test_options_change_costs() -> None:
+    base = GateConfig(rank=2, compensation="none")
+    key = (0, "attention")
+    assert branch_cost(SHAPE, base, key).skipped == 96
+    previous = dataclasses.replace(base, kv_source="previous")
+    assert branch_cost(SHAPE, previous, key).skipped == 0
+    paper = dataclasses.replace(base, importance="mean_gate")
+    assert branch_cost(SHAPE, paper, key).decision == gate_macs("low_rank", 8, 2)
+    mean = dataclasses.replace(base, compensation="mean")
+    assert branch_cost(SHAPE, mean, key).skipped == 96
+    assert compensation_macs("mean", 8, 3) == 0
+    ungated = dataclasses.replace(base, branches=("mlp",))
+    cost = branch_cost(SHAPE, ungated, key)
+    assert (cost.kept_gate, cost.decision, cost.skipped) == (0, 0, 0)
+    assert cost.computed == 288
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "scalar", "vector"])
+@pytest.mark.parametrize("kv_source", ["project", "previous"])
+def test_break_even_is_where_spent_meets_dense(kind: str, kv_source: str) -> None:
+    shape = ModelShape(
+        layers=3, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=192, vocab=10
+    )
+    config = GateConfig(kind=kind, rank=2, compensation_rank=2, kv_source=kv_source)  # type: ignore[arg-type]
+    rate, keys = break_even_skip_rate(shape, config, 20.0), 20.0
+    dense = spent = 0.0
+    for branch in ("attention", "mlp"):
+        cost = branch_cost(shape, config, (0, branch))
+        full = cost.computed + cost.per_key * keys
+        dense += full
+        spent += cost.decision + (1 - rate) * (full + cost.kept_gate) + rate * cost.skipped
+    assert spent == pytest.approx(dense)
+    assert 0 < rate
+
+
+def test_break_even_is_never_reached_when_a_skip_saves_nothing() -> None:
+    config = GateConfig(compensation_rank=1000)
+    assert break_even_skip_rate(SHAPE, config, 4.0) == float("inf")
+
+
+def test_branches_add_up_to_the_dense_model() -> None:
+    config, keys = GateConfig(), 7.0
+    total = 0.0
+    for layer in range(SHAPE.layers):
+        for kind in ("attention", "mlp"):
+            cost = branch_cost(SHAPE, config, (layer, kind))
+            total += cost.computed + cost.per_key * keys
+    assert total == SHAPE.dense_macs(keys)
