@@ -65,7 +65,7 @@ def write_by_model() -> list[dict[str, str]]:
 
 
 def main() -> None:
-    """Write both files; the split does not depend on the model's text."""
+    """Write both files; of the texts that were kept, every fifth is held out."""
     problems = generate(600, seed=0)
     held = generate(150, seed=1, avoid=frozenset(row["prompt"] for row in problems))
     written = write_by_model()

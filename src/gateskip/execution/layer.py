@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gateskip.config import BranchKey
 from gateskip.errors import UnsupportedError
-from gateskip.execution.inputs import AttentionInputs, grid_of
+from gateskip.execution.inputs import AttentionInputs, flat_positions, grid_of, rows_at
 from gateskip.gates import Gate
 from gateskip.retrofit.families import FamilySpec
 from gateskip.skipping.call import Call
@@ -218,14 +218,12 @@ def _attention_compacted(
     )  # fmt: skip
     out = flat.clone()
     if kept.shape[0]:
-        grid_h = h if rows is None else h.index_select(0, rows)
-        index = position[..., None].expand(-1, -1, h.shape[-1])
-        h_q = grid_h.gather(1, index) if call.new > 1 else grid_h
+        h_q = rows_at(h, flat_positions(position, rows, call.new))
         u_q = branch.norm(h_q)
         arguments = inputs.queries(writer, position, rows, call.past, layer)
         o = attention(hidden_states=u_q, **arguments)[0]
         joined = join(h_q, o, u_q, gate).flatten(0, 1)
-        out = out.index_copy(0, kept, joined if slots is None else joined[slots])
+        out.index_copy_(0, kept, joined if slots is None else joined[slots])
     else:
         writer.update(None, None, layer)
     if copies:
@@ -253,7 +251,7 @@ def _compensate(
         return out_NH
     if u_skip is None:
         u_skip = branch.norm(h_skip)
-    return out_NH.index_copy(0, skip, h_skip + compensation(u_skip))
+    return out_NH.index_copy_(0, skip, h_skip + compensation(u_skip))
 
 
 def _mlp(branch: _Branch, h: Tensor) -> Tensor:
@@ -279,7 +277,7 @@ def _mlp(branch: _Branch, h: Tensor) -> Tensor:
     if kept.shape[0]:
         h_k = flat.index_select(0, kept)
         u_k = branch.norm(h_k)
-        out = out.index_copy(0, kept, join(h_k, branch.module(u_k), u_k, gate))
+        out.index_copy_(0, kept, join(h_k, branch.module(u_k), u_k, gate))
     if branch.compensation is not None:
         skip = (~keep & call.everyone()).flatten().nonzero()[:, 0]
         out = _compensate(branch, out, skip, flat.index_select(0, skip), None)

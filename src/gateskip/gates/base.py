@@ -40,6 +40,7 @@ class Gate(nn.Module, ABC):
         self.register_buffer("score_scale", torch.ones((), dtype=torch.float32))
         self.register_buffer("score_shift", torch.zeros((), dtype=torch.float32))
         self._decision_cache: tuple[Any, Tensor, float] | None = None
+        self._alike_cache: tuple[Any, tuple[Tensor, float] | None] | None = None
 
     @classmethod
     @abstractmethod
@@ -58,15 +59,36 @@ class Gate(nn.Module, ABC):
     def set_direction(self, w_H: Tensor, shift: float) -> None:
         """Write z = w·u + shift on every channel; other directions are set to contribute zero."""
 
+    @abstractmethod
+    def channels_alike(self) -> bool:
+        """Whether all channels have the same logit, as after a closed-form fit."""
+
+    def one_logit(self) -> tuple[Tensor, float] | None:
+        """(w [H], b) with z = w·u + b on every channel, or None; cached until a weight changes."""
+        parts = list(self.parameters(recurse=False))
+        stamp = tuple((p._version, p.data_ptr()) for p in parts)
+        if self._alike_cache is None or self._alike_cache[0] != stamp:
+            with torch.no_grad():
+                found = None
+                if self.channels_alike():
+                    w_H, b = self.mean_logit_weights()
+                    found = (w_H.contiguous(), float(b))
+            self._alike_cache = (stamp, found)
+        return self._alike_cache[1]
+
     def forward(self, u_NH: Tensor) -> Tensor:
-        """Gate values g in (0, 1), float32 ``[..., G]``."""
+        """Gate values g in (0, 1), float32 ``[..., G]``, or ``[..., 1]`` where all are equal."""
         device = u_NH.device.type
         guard: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if torch.is_autocast_enabled(device):
             guard = torch.autocast(device, enabled=False)
         with guard:
-            z = self.logits(u_NH.float())
-            return torch.sigmoid(z) if z.requires_grad else z.sigmoid_()
+            if torch.is_grad_enabled():
+                return torch.sigmoid(self.logits(u_NH.float()))
+            alike = self.one_logit()
+            if alike is None:
+                return self.logits(u_NH.float()).sigmoid_()
+            return torch.matmul(u_NH.float(), alike[0]).add_(alike[1]).sigmoid_()[..., None]
 
     def decision_weights(self) -> tuple[Tensor, Tensor]:
         """(w [H], b []) with score = w·u + b, differentiable."""
@@ -85,7 +107,7 @@ class Gate(nn.Module, ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow device moves but never dtype changes."""
-        self._decision_cache = None
+        self._decision_cache = self._alike_cache = None
 
         def moved(t: Tensor) -> Tensor:
             out = fn(t)

@@ -40,6 +40,10 @@ class LowRankGate(Gate):
     def mean_logit_weights(self) -> tuple[Tensor, Tensor]:
         return self.up.mean(0) @ self.down, self.bias.mean()
 
+    def channels_alike(self) -> bool:
+        same = torch.equal(self.up, self.up[:1].expand_as(self.up))
+        return same and torch.equal(self.bias, self.bias[:1].expand_as(self.bias))
+
     @torch.no_grad()
     def set_direction(self, w_H: Tensor, shift: float) -> None:
         # The other rows of A keep their random values and get zero columns in B, so that training

@@ -32,6 +32,9 @@ class ScalarGate(Gate):
     def mean_logit_weights(self) -> tuple[Tensor, Tensor]:
         return self.weight[0], self.bias[0]
 
+    def channels_alike(self) -> bool:
+        return True
+
     @torch.no_grad()
     def set_direction(self, w_H: Tensor, shift: float) -> None:
         self.weight.copy_(w_H.to(self.weight)[None])

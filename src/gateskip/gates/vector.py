@@ -32,6 +32,10 @@ class VectorGate(Gate):
     def mean_logit_weights(self) -> tuple[Tensor, Tensor]:
         return self.weight.mean(0), self.bias.mean()
 
+    def channels_alike(self) -> bool:
+        same = torch.equal(self.weight, self.weight[:1].expand_as(self.weight))
+        return same and torch.equal(self.bias, self.bias[:1].expand_as(self.bias))
+
     @torch.no_grad()
     def set_direction(self, w_H: Tensor, shift: float) -> None:
         self.weight.copy_(w_H.to(self.weight).expand_as(self.weight))

@@ -83,9 +83,9 @@ class CacheWriter:
             if self.kept_N is None:
                 full = flat
             else:
-                full = full.index_copy(0, self.kept_N, flat)
+                full = full.index_copy_(0, self.kept_N, flat)
         if self.fill_N is not None and self.fill is not None:
-            full = full.index_copy(0, self.fill_N, self.fill[which].to(full.dtype))
+            full = full.index_copy_(0, self.fill_N, self.fill[which].to(full.dtype))
         return full.view(self.batch, self.new, *tail).transpose(1, 2)
 
     def update(
