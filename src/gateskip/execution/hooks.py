@@ -42,8 +42,8 @@ def decoder_hook(
     check_backend(decoder.config)
     if kwargs.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
         raise UnsupportedError(
-            "output_attentions=True has no weights for skipped queries; use "
-            "gateskip.execution(model, 'masked') on a detached copy, or leave it off."
+            "output_attentions=True has no weights for skipped queries; leave it off, or call "
+            "gateskip.detach(model) first."
         )
     tokens = kwargs.get("input_ids")
     if tokens is None:

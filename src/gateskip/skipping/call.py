@@ -67,7 +67,9 @@ class Call:
         self.kv: dict[int, tuple[Tensor, Tensor]] = {}
         self.mask_2d = _two_dimensional(attention_mask)
         self.valid_BT, self.protected_BT = self._tokens(position_ids)
-        self.single = batch == 1 and new == 1 and self.valid_BT is None
+        one = batch == 1 and new == 1 and self.valid_BT is None
+        # Elsewhere than on a CPU a Python decision would wait for the device at every branch.
+        self.single = one and device.type == "cpu"
 
     @property
     def decides(self) -> bool:
