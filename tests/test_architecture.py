@@ -13,6 +13,7 @@ import gateskip
 SOURCE = Path(gateskip.__file__).parent
 ORDER = (
     ("errors", "config", "registry", "costs", "data"),
+    ("kernels",),
     ("gates",),
     ("retrofit",),
     ("skipping",),

@@ -168,7 +168,7 @@ def test_moves_between_devices(kind: str) -> None:
 def test_branch_score_is_the_mean_logit(kind: str, grad: bool) -> None:
     gate, layer_norm, h = built(kind), norm(), torch.randn(2, 9, HIDDEN) * 3
     with torch.set_grad_enabled(grad):
-        score = branch_score(h, layer_norm, layer_norm.variance_epsilon, gate, "mean_logit")
+        score, _ = branch_score(h, layer_norm, layer_norm.variance_epsilon, gate, "mean_logit")
         expected = (gate.logits(layer_norm(h)).mean(-1) - 0.4) / 1.7
     assert score.shape == (2, 9)
     torch.testing.assert_close(score, expected, atol=1e-5, rtol=1e-5)
@@ -181,7 +181,7 @@ def test_score_gradients_reach_the_gate_only(kind: str) -> None:
     h = torch.randn(2, 4, HIDDEN, requires_grad=True)
     for importance in ("mean_logit", "mean_gate"):
         gate.zero_grad()
-        branch_score(h, layer_norm, 1e-5, gate, importance).sum().backward()
+        branch_score(h, layer_norm, 1e-5, gate, importance)[0].sum().backward()
         assert h.grad is None
         assert layer_norm.weight.grad is None
         assert all(p.grad is not None for p in gate.parameters())
@@ -190,7 +190,7 @@ def test_score_gradients_reach_the_gate_only(kind: str) -> None:
 @every_kind
 def test_mean_gate_is_the_mean_gate(kind: str) -> None:
     gate, layer_norm, h = built(kind), norm(), torch.randn(2, 9, HIDDEN)
-    score = branch_score(h, layer_norm, 1e-5, gate, "mean_gate")
+    score, _ = branch_score(h, layer_norm, 1e-5, gate, "mean_gate")
     torch.testing.assert_close(score, gate(layer_norm(h)).mean(-1))
 
 
@@ -202,6 +202,6 @@ def test_single_score_is_branch_score(kind: str) -> None:
         h = torch.randn(1, 1, HIDDEN) * scale
         w, b = gate.decision_vector()
         eps = layer_norm.variance_epsilon
-        expected = branch_score(h, layer_norm, eps, gate, "mean_logit")
+        expected, _ = branch_score(h, layer_norm, eps, gate, "mean_logit")
         single = single_score(h.view(-1), w * layer_norm.weight.float(), b, eps)
         assert single == pytest.approx(float(expected), abs=1e-5, rel=1e-5)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from gateskip.errors import UnsupportedError
+from gateskip.skipping.call import Call
 from gateskip.skipping.key_values import causal_rows
 
-__all__ = ["AttentionInputs"]
+__all__ = ["AttentionInputs", "flat_positions", "grid_of"]
 
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 
@@ -68,13 +69,13 @@ class AttentionInputs:
         return cos, sin
 
     def queries(
-        self, cache: Any, position_RT: Tensor, rows_R: Tensor | None, past: int, layer_idx: int
+        self, cache: Any, position_RT: Tensor, rows_R: Tensor | None, call: Call, layer_idx: int
     ) -> dict[str, Any]:
         """Arguments for the queries at ``position_RT`` among the new tokens of ``rows_R``.
 
         Args:
             cache: the writer. position_RT: int64 ``[R, Tq]``.
-            rows_R: batch rows, or None for all. past: cached tokens. layer_idx: for the cache.
+            rows_R: batch rows, or None for all. layer_idx: for the cache.
         """
         flat_RT = flat_positions(position_RT, rows_R, self.cos_sin[0].shape[1])
 
@@ -85,36 +86,84 @@ class AttentionInputs:
         if ids is not None:
             ids = pick(ids[..., None])[..., 0]
         return {
-            "attention_mask": self._mask_rows(position_RT, rows_R, past, layer_idx),
+            "attention_mask": self._mask_rows(position_RT, rows_R, call, layer_idx),
             "position_embeddings": (pick(self.cos_sin[0]), pick(self.cos_sin[1])),
             "position_ids": ids,
             self.cache_name: cache,
             **self.rest,
         }
 
-    def _mask_rows(
-        self, position_RT: Tensor, rows_R: Tensor | None, past: int, layer_idx: int
-    ) -> Tensor | None:
+    def flat_queries(self, cache: Any, kept_N: Tensor, batch: int) -> dict[str, Any]:
+        """Arguments for the queries at flat indices ``kept_N`` as one sequence ``[1, N]``.
+
+        The mask is left to :class:`~gateskip.execution.grid.GridAttention`.
+        """
+        cos, sin = self.tables(batch)
+        ids = self.position_ids
+        if ids is not None:
+            ids = ids.expand(batch, -1).reshape(1, -1).index_select(1, kept_N)
+        return {
+            "attention_mask": None,
+            "is_causal": False,
+            "position_embeddings": tuple(t.index_select(0, kept_N)[None] for t in (cos, sin)),
+            "position_ids": ids,
+            self.cache_name: cache,
+            **self.rest,
+        }
+
+    def past_keys(self, past: int, layer_idx: int) -> int:
+        """Keys before the first new token among those that the cache gives to attention."""
+        if self.cache is None:
+            return 0
         new = self.cos_sin[0].shape[1]
-        if self.mask is None:
-            if new == 1:
-                return None
+        return past - int(self.cache.get_mask_sizes(new, layer_idx)[1])
+
+    def mask_table(self, call: Call, layer_idx: int) -> Tensor | None:
+        """Additive mask rows ``[1 or B, T, S]`` of all new tokens; None where all keys are seen.
+
+        Built once per call and kind of layer, not once per layer.
+        """
+        new = self.cos_sin[0].shape[1]
+        dtype = self.cos_sin[0].dtype
+        mask = self.mask
+        if mask is not None:
+            if mask.shape[1] != 1:
+                raise UnsupportedError(
+                    f"attention_mask of shape {tuple(mask.shape)} differs by head."
+                )
+            key: Any = id(mask)
+        elif new == 1:
+            return None
+        else:
             length, offset = new, 0
             if self.cache is not None:
-                length, offset = self.cache.get_mask_sizes(new, layer_idx)
-            every = torch.arange(new, device=position_RT.device)[None]
-            allowed_TS = causal_rows(every, past, int(length), int(offset))[0, 0]
+                length, offset = (int(n) for n in self.cache.get_mask_sizes(new, layer_idx))
+            key = (length, offset)
+        known = call.masks.get(key)
+        if known is not None:
+            return known[1]
+        if mask is None:
+            every = torch.arange(new, device=call.device)[None]
+            allowed = causal_rows(every, call.past, length, offset)[:, 0]
+        else:
+            allowed = mask[:, 0]
+        if allowed.dtype == torch.bool:
             # Additive masks: PyTorch would turn a boolean one into this in every call.
-            low = torch.finfo(self.cos_sin[0].dtype).min
-            blank = torch.zeros(allowed_TS.shape, dtype=self.cos_sin[0].dtype, device=every.device)
-            return rows_at(blank.masked_fill_(~allowed_TS, low)[None], position_RT)[:, None]
-        mask = self.mask
-        if mask.shape[1] != 1:
-            raise UnsupportedError(f"attention_mask of shape {tuple(mask.shape)} differs by head.")
+            blank = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+            allowed = blank.masked_fill_(~allowed, torch.finfo(dtype).min)
+        call.masks[key] = (mask, allowed)  # holding the mask keeps its id its own
+        return allowed
+
+    def _mask_rows(
+        self, position_RT: Tensor, rows_R: Tensor | None, call: Call, layer_idx: int
+    ) -> Tensor | None:
+        table = self.mask_table(call, layer_idx)
+        if table is None:
+            return None
         flat_RT = position_RT
-        if mask.shape[0] != 1:
-            flat_RT = flat_positions(position_RT, rows_R, new)
-        return rows_at(mask[:, 0], flat_RT)[:, None]
+        if table.shape[0] != 1:
+            flat_RT = flat_positions(position_RT, rows_R, table.shape[1])
+        return rows_at(table, flat_RT)[:, None]
 
 
 def flat_positions(position_RT: Tensor, rows_R: Tensor | None, new: int) -> Tensor:
@@ -130,23 +179,25 @@ def rows_at(table_BTD: Tensor, flat_RT: Tensor) -> Tensor:
     return rows.view(*flat_RT.shape, table_BTD.shape[-1])
 
 
-def grid_of(keep_BT: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+def grid_of(keep_BT: Tensor, kept_N: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Lay kept tokens out as a rectangle for the attention.
 
+    Args:
+        keep_BT: bool. kept_N: its flat indices.
+
     Returns:
-        (position_RT, rows_R, kept_N, slots_N): positions of the queries; their batch rows (None:
-        all); flat indices of kept tokens in ``[B, T]``; flat indices of the same tokens in the
-        ``[R, Tq]`` grid (None: all of the grid). Ragged rows are padded with skipped positions.
+        (position_RT, rows_R, slots_N): positions of the queries; their batch rows (None: all);
+        flat indices of the kept tokens in the ``[R, Tq]`` grid (None: all of the grid). Ragged rows
+        are padded with skipped positions.
     """
     batch, new = keep_BT.shape
-    kept_N = keep_BT.flatten().nonzero()[:, 0]
     if new == 1:
-        return torch.zeros_like(kept_N)[:, None], kept_N, kept_N, None
+        return torch.zeros_like(kept_N)[:, None], kept_N, None
     if batch == 1:
-        return kept_N[None], None, kept_N, None
+        return kept_N[None], None, None
     counts = keep_BT.sum(1)
     longest = int(counts.max())
     order = torch.argsort(keep_BT.logical_not().to(torch.uint8), dim=1, stable=True)[:, :longest]
     real = torch.arange(longest, device=keep_BT.device) < counts[:, None]
     slots_N = None if bool(real.all()) else real.flatten().nonzero()[:, 0]
-    return order, None, kept_N, slots_N
+    return order, None, slots_N

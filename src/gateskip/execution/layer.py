@@ -9,21 +9,27 @@ does not call the branch at all. Nothing falls back from one execution to the ot
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gateskip.config import BranchKey
 from gateskip.errors import UnsupportedError
-from gateskip.execution.inputs import AttentionInputs, flat_positions, grid_of, rows_at
+from gateskip.execution.fused_attention import attend, takes_kernels
+from gateskip.execution.fused_mlp import run_mlp
+from gateskip.execution.grid import Grid, GridAttention
+from gateskip.execution.inputs import AttentionInputs, flat_positions, grid_of
+from gateskip.execution.rounding import rounded_rows
+from gateskip.execution.token import token_layer
 from gateskip.gates import Gate
 from gateskip.retrofit.families import FamilySpec
 from gateskip.skipping.call import Call
 from gateskip.skipping.compensation import compensation_of
+from gateskip.skipping.join import join, join_at
 from gateskip.skipping.key_values import CacheWriter, flat_tokens, project_kv
-from gateskip.skipping.masked import join, masked_join
-from gateskip.skipping.score import branch_score, single_score
+from gateskip.skipping.masked import masked_join
+from gateskip.skipping.score import branch_score, normed_at, scaled_vector, single_score
 
 __all__ = ["layer_forward"]
 
@@ -31,7 +37,7 @@ __all__ = ["layer_forward"]
 class _Branch:
     """One branch of one layer during one call."""
 
-    __slots__ = ("call", "compensation", "family", "gate", "key", "module", "norm")
+    __slots__ = ("call", "compensation", "family", "gate", "inverse", "key", "module", "norm")
 
     def __init__(self, layer: nn.Module, call: Call, kind: str, index: int) -> None:
         family: FamilySpec = call.state.family
@@ -44,6 +50,7 @@ class _Branch:
         gate = self.module._modules.get("skip_gate")
         self.gate = gate if isinstance(gate, Gate) else None
         self.compensation = compensation_of(self.module)
+        self.inverse: Tensor | None = None  # 1 / rms(h), where scoring found it
 
     @property
     def eps(self) -> float:
@@ -62,8 +69,15 @@ class _Branch:
             return self._decide_single(h_BTH)
         # A hard decision has no gradient; without a graph, recomputation can replay it as it is.
         with torch.no_grad():
-            score_BT = branch_score(h_BTH, self.norm, self.eps, self.gate, importance)
+            score_BT, self.inverse = branch_score(h_BTH, self.norm, self.eps, self.gate, importance)
         return call.decide(self.key, score_BT)
+
+    def input_at(self, h_NH: Tensor, index_M: Tensor | None, *, rounded: bool = False) -> Tensor:
+        """u of the tokens at flat indices (None: all), ``[M, H]``; more, zero rows if rounded."""
+        rows = h_NH.shape[0] if index_M is None else index_M.shape[0]
+        if rounded:
+            rows = rounded_rows(rows, h_NH.dtype, h_NH.device)
+        return normed_at(h_NH, self.norm, self.inverse, index_M, rows)
 
     @property
     def fixed(self) -> bool:
@@ -74,14 +88,8 @@ class _Branch:
         call, gate = self.call, self.gate
         assert gate is not None
         assert call.thresholds is not None
-        w_H, b = gate.decision_vector()
-        weight = cast(Tensor, self.norm.weight)
-        stamp = (w_H.data_ptr(), weight.data_ptr(), weight._version)
-        cached = vars(gate).get("_scaled")
-        if cached is None or cached[0] != stamp:
-            cached = (stamp, w_H * weight.detach().float(), w_H)
-            vars(gate)["_scaled"] = cached
-        score = single_score(h_11H.detach().view(-1), cached[1], b, self.eps)
+        w_H, b = scaled_vector(gate, self.norm)
+        score = single_score(h_11H.detach().view(-1), w_H, b, self.eps)
         kept = score >= call.thresholds[self.key] or call.protected_BT is not None
         keep_BT = _YES if kept else _NO
         call.keep[self.key] = keep_BT
@@ -104,13 +112,24 @@ def layer_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs:
         names = ("attention_mask", "position_ids")
         kwargs.update(zip(names, args, strict=False))
     index = vars(layer)["_gateskip_layer"][1]
-    inputs = AttentionInputs.of(kwargs)
-    h = _attention(_Branch(layer, call, "attention", index), hidden_states, inputs)
-    h = _mlp(_Branch(layer, call, "mlp", index), h)
+    h = None
+    if call.single and not call.masked:
+        h = token_layer(layer, call, index, hidden_states, kwargs)
+    if h is None:
+        h = _layer(layer, call, index, hidden_states, kwargs)
     if call.recorder is not None and index == call.state.shape.layers - 1:
         call.recorder.record(call)
         call.recorder = None  # recomputation must not count twice
     return h
+
+
+def _layer(
+    layer: nn.Module, call: Call, index: int, hidden_states: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    inputs = AttentionInputs.of(kwargs)
+    h = _attention(_Branch(layer, call, "attention", index), hidden_states, inputs)
+    owned = not torch.is_grad_enabled() and h.data_ptr() != hidden_states.data_ptr()
+    return _mlp(_Branch(layer, call, "mlp", index), h, owned=owned)
 
 
 def _attention(branch: _Branch, h: Tensor, inputs: AttentionInputs) -> Tensor:
@@ -192,18 +211,19 @@ def _attention_compacted(
     call, gate = branch.call, branch.gate
     layer, attention = branch.key[0], branch.module
     assert gate is not None
-    position, rows, kept, slots = grid_of(keep)
+    flat = h.flatten(0, 1)
+    kept = keep.flatten().nonzero()[:, 0]
+    if takes_kernels(attention, branch.family, call, flat):
+        return _attention_fused(branch, flat, inputs, keep, kept).view_as(h)
     if kept.shape[0] == keep.numel():
-        u = branch.norm(h)
+        u = branch.input_at(flat, None).view_as(h)
         writer = CacheWriter(inputs.cache, call.batch, call.new) if copies else None
         o = attention(hidden_states=u, **inputs.whole(writer or inputs.cache))[0]
         if writer is not None and writer.written is not None:
             call.kv[layer] = writer.written
         return join(h, o, u, gate)
     skip = (~keep & call.everyone()).flatten().nonzero()[:, 0]
-    flat = h.flatten(0, 1)
-    h_skip = flat.index_select(0, skip)
-    u_skip = None if copies and branch.compensation is None else branch.norm(h_skip)
+    u_skip = None if copies and branch.compensation is None else branch.input_at(flat, skip)
     if copies:
         k, v = call.kv[layer - 1]
         fill = (flat_tokens(k, skip), flat_tokens(v, skip))
@@ -212,25 +232,97 @@ def _attention_compacted(
         cos, sin = inputs.tables(call.batch)
         tables = cos.index_select(0, skip), sin.index_select(0, skip)
         fill = project_kv(attention, u_skip, *tables, branch.family.k_norm)
-    writer = CacheWriter(
-        inputs.cache, call.batch, call.new,
-        kept_N=kept, slots_N=slots, fill_N=skip, fill=fill, rows_R=rows,
-    )  # fmt: skip
     out = flat.clone()
-    if kept.shape[0]:
-        h_q = rows_at(h, flat_positions(position, rows, call.new))
-        u_q = branch.norm(h_q)
-        arguments = inputs.queries(writer, position, rows, call.past, layer)
-        o = attention(hidden_states=u_q, **arguments)[0]
-        joined = join(h_q, o, u_q, gate).flatten(0, 1)
-        out.index_copy_(0, kept, joined if slots is None else joined[slots])
-    else:
-        writer.update(None, None, layer)
+    run = _attend_flat if _takes_flat(attention, call) else _attend_grid
+    writer, o, u = run(branch, flat, inputs, keep, kept, (skip, fill))
+    if o is not None:
+        out = join_at(out, flat, o, u, gate, kept)
     if copies:
         assert writer.written is not None
         call.kv[layer] = writer.written
+    return _compensate(branch, out, skip, u_skip).view_as(h)
+
+
+def _attention_fused(
+    branch: _Branch, flat: Tensor, inputs: AttentionInputs, keep: Tensor, kept: Tensor
+) -> Tensor:
+    """The whole branch on the CPU kernels; returns the flat stream after it."""
+    call, gate = branch.call, branch.gate
+    assert gate is not None
+    counts = keep.sum(1)
+    call.computed[branch.key] = counts
+    index = None if call.valid_BT is None else call.valid_BT.flatten().nonzero()[:, 0]
+    u_valid = branch.input_at(flat, index)
+    whole = kept.shape[0] == flat.shape[0]
+    u = u_valid if whole else branch.input_at(flat, kept, rounded=True)
+    given = (u, kept, counts.tolist()) if kept.shape[0] else None
+    call.padding[branch.key] = u.shape[0] - kept.shape[0]
+    o = attend(branch.module, branch.family, call, inputs, branch.key[0], (u_valid, index), given)
+    if whole:
+        assert o is not None
+        return join(flat, o, u, gate)
+    out = flat.clone()
+    if o is not None:
+        n = kept.shape[0]
+        out = join_at(out, flat, o[:n], u[:n], gate, kept)
+    if branch.compensation is None:
+        return out
+    skip = (~keep & call.everyone()).flatten().nonzero()[:, 0]
+    return _compensate(branch, out, skip, branch.input_at(flat, skip, rounded=True))
+
+
+def _takes_flat(attention: nn.Module, call: Call) -> bool:
+    config: Any = attention.config
+    return call.new > 1 and config._attn_implementation == "sdpa"
+
+
+_Attended = tuple[CacheWriter, Tensor | None, Tensor]
+_Fill = tuple[Tensor, tuple[Tensor, Tensor]]
+
+
+def _attend_flat(
+    branch: _Branch, flat: Tensor, inputs: AttentionInputs, keep: Tensor, kept: Tensor, fill: _Fill
+) -> _Attended:
+    """Kept tokens of all rows as one sequence; returns (writer, o [M, H], u [M, H])."""
+    call, layer = branch.call, branch.key[0]
+    writer = CacheWriter(
+        inputs.cache, call.batch, call.new, kept_N=kept, fill_N=fill[0], fill=fill[1]
+    )
+    counts = keep.sum(1)
+    call.computed[branch.key] = counts
+    if kept.shape[0] == 0:
+        writer.update(None, None, layer)
+        return writer, None, flat[:0]
+    u = branch.input_at(flat, kept)
+    table = inputs.mask_table(call, layer)
+    assert table is not None
+    past = inputs.past_keys(call.past, layer)
+    plain = inputs.mask is None and table.shape[-1] == call.new
+    grid = Grid(kept, counts.tolist(), call.new, plain=plain, dtype=flat.dtype)
+    with GridAttention(grid, table, past):
+        o = branch.module(hidden_states=u[None], **inputs.flat_queries(writer, kept, call.batch))[0]
+    return writer, o[0], u
+
+
+def _attend_grid(
+    branch: _Branch, flat: Tensor, inputs: AttentionInputs, keep: Tensor, kept: Tensor, fill: _Fill
+) -> _Attended:
+    """Kept tokens as a rectangle of rows, ragged ones padded; returns as :func:`_attend_flat`."""
+    call, layer = branch.call, branch.key[0]
+    position, rows, slots = grid_of(keep, kept)
+    writer = CacheWriter(
+        inputs.cache, call.batch, call.new,
+        kept_N=kept, slots_N=slots, fill_N=fill[0], fill=fill[1], rows_R=rows,
+    )  # fmt: skip
     _count(call, branch.key, position, rows)
-    return _compensate(branch, out, skip, h_skip, u_skip).view_as(h)
+    if kept.shape[0] == 0:
+        writer.update(None, None, layer)
+        return writer, None, flat[:0]
+    index_RT = flat_positions(position, rows, call.new)
+    u = branch.input_at(flat, index_RT.view(-1))
+    arguments = inputs.queries(writer, position, rows, call, layer)
+    o = branch.module(hidden_states=u.view(*index_RT.shape, -1), **arguments)[0].flatten(0, 1)
+    return writer, *((o, u) if slots is None else (o[slots], u[slots]))
 
 
 def _count(call: Call, key: BranchKey, position: Tensor, rows: Tensor | None) -> None:
@@ -242,19 +334,17 @@ def _count(call: Call, key: BranchKey, position: Tensor, rows: Tensor | None) ->
         call.computed[key] = counts.index_fill_(0, rows, 1)
 
 
-def _compensate(
-    branch: _Branch, out_NH: Tensor, skip: Tensor, h_skip: Tensor, u_skip: Tensor | None
-) -> Tensor:
-    """Add the compensation to skipped tokens of the flat stream."""
+def _compensate(branch: _Branch, out_NH: Tensor, skip: Tensor, u_skip: Tensor | None) -> Tensor:
+    """Add the compensation to skipped tokens of the flat stream; ``u_skip`` may have more rows."""
     compensation = branch.compensation
     if compensation is None or skip.shape[0] == 0:
         return out_NH
-    if u_skip is None:
-        u_skip = branch.norm(h_skip)
-    return out_NH.index_copy_(0, skip, h_skip + compensation(u_skip))
+    assert u_skip is not None
+    return compensation.add_at(out_NH, u_skip, skip)
 
 
-def _mlp(branch: _Branch, h: Tensor) -> Tensor:
+def _mlp(branch: _Branch, h: Tensor, *, owned: bool) -> Tensor:
+    """The MLP branch; ``owned``: nobody else holds ``h``, so it may be changed in place."""
     call, gate = branch.call, branch.gate
     keep = branch.decide(h)
     if keep is None or call.masked:
@@ -267,18 +357,21 @@ def _mlp(branch: _Branch, h: Tensor) -> Tensor:
             return join(h, branch.module(u), u, gate)
         call.computed[branch.key] = torch.zeros(1, dtype=torch.int64)
         return h if branch.compensation is None else h + branch.compensation(branch.norm(h))
+    flat = h.flatten(0, 1)
     kept = keep.flatten().nonzero()[:, 0]
     if kept.shape[0] == keep.numel():
-        u = branch.norm(h)
-        return join(h, branch.module(u), u, gate)
+        u = branch.input_at(flat, None)
+        return join(flat, run_mlp(branch.module, branch.family, u), u, gate).view_as(h)
     call.computed[branch.key] = keep.sum(1)
-    flat = h.flatten(0, 1)
-    out = flat.clone()
-    if kept.shape[0]:
-        h_k = flat.index_select(0, kept)
-        u_k = branch.norm(h_k)
-        out.index_copy_(0, kept, join(h_k, branch.module(u_k), u_k, gate))
+    skip = u_skip = None
     if branch.compensation is not None:
         skip = (~keep & call.everyone()).flatten().nonzero()[:, 0]
-        out = _compensate(branch, out, skip, flat.index_select(0, skip), None)
+        u_skip = branch.input_at(flat, skip, rounded=True)
+    out = flat if owned else flat.clone()
+    if kept.shape[0]:
+        u, n = branch.input_at(flat, kept, rounded=True), kept.shape[0]
+        call.padding[branch.key] = u.shape[0] - n
+        out = join_at(out, flat, run_mlp(branch.module, branch.family, u)[:n], u[:n], gate, kept)
+    if skip is not None:
+        out = _compensate(branch, out, skip, u_skip)
     return out.view_as(h)

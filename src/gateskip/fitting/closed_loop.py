@@ -41,9 +41,11 @@ class _Scores:
 
     def record(self, call: Call) -> None:
         record = CallRecord.of(call)
-        # Ragged padding is a cost of one batch, not of the policy.
+        # Padding of rows is a cost of one batch, not of the policy.
         kept = {key: mask.sum(1) for key, mask in record.keep.items()}
-        self.records.append(dataclasses.replace(record, computed=record.computed | kept))
+        self.records.append(
+            dataclasses.replace(record, computed=record.computed | kept, padding={})
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

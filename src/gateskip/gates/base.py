@@ -60,6 +60,10 @@ class Gate(nn.Module, ABC):
         """Write z = w·u + shift on every channel; other directions are set to contribute zero."""
 
     @abstractmethod
+    def factors(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        """(A [R, H] or None, B [G, R or H], bias [G]) with z = B·(A·u) + bias."""
+
+    @abstractmethod
     def channels_alike(self) -> bool:
         """Whether all channels have the same logit, as after a closed-form fit."""
 

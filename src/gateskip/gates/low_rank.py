@@ -40,6 +40,9 @@ class LowRankGate(Gate):
     def mean_logit_weights(self) -> tuple[Tensor, Tensor]:
         return self.up.mean(0) @ self.down, self.bias.mean()
 
+    def factors(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        return self.down, self.up, self.bias
+
     def channels_alike(self) -> bool:
         same = torch.equal(self.up, self.up[:1].expand_as(self.up))
         return same and torch.equal(self.bias, self.bias[:1].expand_as(self.bias))

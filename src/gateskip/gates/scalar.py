@@ -32,6 +32,9 @@ class ScalarGate(Gate):
     def mean_logit_weights(self) -> tuple[Tensor, Tensor]:
         return self.weight[0], self.bias[0]
 
+    def factors(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        return None, self.weight, self.bias
+
     def channels_alike(self) -> bool:
         return True
 

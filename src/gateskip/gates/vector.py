@@ -32,6 +32,9 @@ class VectorGate(Gate):
     def mean_logit_weights(self) -> tuple[Tensor, Tensor]:
         return self.weight.mean(0), self.bias.mean()
 
+    def factors(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        return None, self.weight, self.bias
+
     def channels_alike(self) -> bool:
         same = torch.equal(self.weight, self.weight[:1].expand_as(self.weight))
         return same and torch.equal(self.bias, self.bias[:1].expand_as(self.bias))

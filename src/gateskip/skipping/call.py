@@ -30,7 +30,9 @@ class Call:
         thresholds: τ per gated branch; None keeps everything.
         keep: decisions, ``(layer, kind)`` to bool ``[B, T]``.
         computed: rows that really entered a branch's projections, per batch row, ``[B]``.
+        padding: rows added to a branch to round its row count up, keys and values apart.
         kv: K and V that attention layers wrote for the new tokens (``kv_source="previous"``).
+        masks: additive mask tables of this call, by what they were made from.
         single: batch 1, one new token, no padding: the batch-1 decoding path.
     """
 
@@ -64,7 +66,9 @@ class Call:
             self.masked = True
         self.keep: dict[BranchKey, Tensor] = {}
         self.computed: dict[BranchKey, Tensor] = {}
+        self.padding: dict[BranchKey, int] = {}
         self.kv: dict[int, tuple[Tensor, Tensor]] = {}
+        self.masks: dict[Any, tuple[Tensor | None, Tensor]] = {}
         self.mask_2d = _two_dimensional(attention_mask)
         self.valid_BT, self.protected_BT = self._tokens(position_ids)
         one = batch == 1 and new == 1 and self.valid_BT is None

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gateskip import kernels
+
 __all__ = ["COMPENSATION_NAME", "Compensation"]
 
 COMPENSATION_NAME = "skip_compensation"
@@ -34,6 +36,22 @@ class Compensation(nn.Module):
             return self.bias.to(u_NH.dtype).expand_as(u_NH)
         inner = nn.functional.linear(u_NH, self.down.to(u_NH.dtype))
         return nn.functional.linear(inner, self.up.to(u_NH.dtype), self.bias.to(u_NH.dtype))
+
+    def add_at(self, out_NH: Tensor, u_MH: Tensor, index_M: Tensor) -> Tensor:
+        """``out`` with c(u) added to rows ``index_M``, in place where no graph is recorded.
+
+        Rows of ``u_MH`` beyond the index are ignored.
+        """
+        like = (self.bias, out_NH, u_MH)
+        if not all(kernels.supported(t.detach()) and t.dtype == out_NH.dtype for t in like):
+            return out_NH.index_add_(0, index_M, self(u_MH)[: index_M.shape[0]])
+        from gateskip.kernels.rows import add_rows_
+
+        c_MH = None
+        if self.down is not None and self.up is not None:
+            c_MH = nn.functional.linear(nn.functional.linear(u_MH, self.down), self.up)
+        add_rows_(out_NH, c_MH, self.bias, index_M)
+        return out_NH
 
 
 def compensation_of(module: nn.Module) -> Compensation | None:

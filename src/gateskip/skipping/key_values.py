@@ -78,7 +78,10 @@ class CacheWriter:
             assert self.fill is not None
             flat, like = None, self.fill[which]
             tail = like.shape[1:]
-        full = like.new_zeros(self.batch * self.new, *tail)
+        total = self.batch * self.new
+        given = sum(0 if i is None else i.shape[0] for i in (self.kept_N, self.fill_N))
+        # Padding is in neither; whatever stands there is masked, but must be finite.
+        full = (like.new_empty if given == total else like.new_zeros)(total, *tail)
         if flat is not None:
             if self.kept_N is None:
                 full = flat

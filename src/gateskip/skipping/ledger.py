@@ -26,6 +26,7 @@ class CallRecord:
     Attributes:
         keep: decision per gated branch, bool ``[B, T]``.
         computed: rows that entered a branch's projections, per batch row, int64 ``[B]``.
+        padding: rows of zeros added to round up a branch's row count; none of them has K/V.
         valid_BT: real tokens. keys_BT: visible keys per token.
         decided: whether scores were computed. costs: branch costs at the time.
         kv_bytes: bytes of one cached token (K and V) of one layer.
@@ -33,6 +34,7 @@ class CallRecord:
 
     keep: dict[BranchKey, Tensor]
     computed: dict[BranchKey, Tensor]
+    padding: dict[BranchKey, int]
     valid_BT: Tensor
     keys_BT: Tensor
     decided: bool
@@ -52,6 +54,7 @@ class CallRecord:
         return cls(
             keep=keep,
             computed=computed,
+            padding=dict(call.padding),
             valid_BT=everyone,
             keys_BT=call.visible_keys(),
             decided=call.decides,
@@ -81,6 +84,9 @@ def macs_of(record: CallRecord) -> tuple[Tensor, Tensor]:
         n_skipped = _sum(valid & ~keep)
         spent += cost.computed * rows + cost.per_key * _sum(keys * keep)
         spent += cost.kept_gate * rows + cost.skipped * n_skipped
+        # Shared by the batch rows, whose tokens were rounded up together.
+        added = record.padding.get(branch, 0) / rows.shape[0]
+        spent += (cost.computed - cost.weights_kv) * added
         if record.decided:
             spent += cost.decision * n_valid
     return dense, spent

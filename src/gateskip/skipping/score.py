@@ -15,13 +15,18 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from gateskip import kernels
 from gateskip.gates import Gate
 
-__all__ = ["branch_score"]
+__all__ = ["branch_score", "normed_at", "scaled_vector"]
 
 
-def branch_score(h_BTH: Tensor, norm: nn.Module, eps: float, gate: Gate, importance: str) -> Tensor:
-    """Scores, float32 ``[B, T]``; gradients reach the gate only (its input is detached).
+def branch_score(
+    h_BTH: Tensor, norm: nn.Module, eps: float, gate: Gate, importance: str
+) -> tuple[Tensor, Tensor | None]:
+    """(scores [B, T], 1 / rms(h) [B·T] where the kernels found it), float32.
+
+    Gradients reach the gate only (its input is detached).
 
     Args:
         h_BTH: residual stream before the branch's norm.
@@ -33,21 +38,58 @@ def branch_score(h_BTH: Tensor, norm: nn.Module, eps: float, gate: Gate, importa
     if importance == "mean_gate":
         with torch.no_grad():
             u_BTH = norm(h_BTH)
-        return gate(u_BTH.detach()).mean(-1)
+        return gate(u_BTH.detach()).mean(-1), None
     if torch.is_grad_enabled():
         w_H, b = gate.decision_weights()
-        return _linear_score(h_BTH, norm, eps, w_H, b)
-    vector_H, shift = gate.decision_vector()
-    return _linear_score(h_BTH, norm, eps, vector_H, shift)
+        return _linear_score(h_BTH, eps, w_H * norm.weight.detach().float(), b), None  # type: ignore[operator]
+    vector_H, shift = scaled_vector(gate, norm)
+    if not kernels.supported(h_BTH):
+        return _linear_score(h_BTH, eps, vector_H, shift), None
+    from gateskip.kernels.rows import score_rows
+
+    score_N, inverse_N = score_rows(h_BTH.view(-1, h_BTH.shape[-1]), vector_H, shift, eps)
+    return score_N.view(h_BTH.shape[:-1]), inverse_N
 
 
-def _linear_score(
-    h_BTH: Tensor, norm: nn.Module, eps: float, w_H: Tensor, b: Tensor | float
+def scaled_vector(gate: Gate, norm: nn.Module) -> tuple[Tensor, float]:
+    """(decision vector times the norm's weight [H] float32, decision bias), cached."""
+    w_H, b = gate.decision_vector()
+    weight = cast(Tensor, norm.weight)
+    stamp = (w_H.data_ptr(), weight.data_ptr(), weight._version)
+    cached = vars(gate).get("_scaled")
+    if cached is None or cached[0] != stamp:
+        # The decision vector is kept alive here, so its address cannot be given to another.
+        cached = (stamp, (w_H * weight.detach().float()).contiguous(), w_H)
+        vars(gate)["_scaled"] = cached
+    return cached[1], b
+
+
+def normed_at(
+    h_NH: Tensor, norm: nn.Module, inverse_N: Tensor | None, index_M: Tensor | None, rows: int
 ) -> Tensor:
+    """The branch's input u = norm(h) at rows ``index_M`` (None: all), ``[rows, H]``.
+
+    Args:
+        inverse_N: 1 / rms(h) from :func:`branch_score`, saves reading the rows twice.
+        rows: at least M; rows from M on are zero.
+    """
+    weight = cast(Tensor, norm.weight)
+    hooked = norm._forward_hooks or norm._forward_pre_hooks
+    fused = inverse_N is not None and not hooked and kernels.supported(h_NH)
+    if fused and kernels.supported(weight.detach()) and weight.dtype == h_NH.dtype:
+        from gateskip.kernels.rows import norm_rows
+
+        assert inverse_N is not None
+        return norm_rows(h_NH, inverse_N, weight, index_M, rows)
+    u_MH: Tensor = norm(h_NH if index_M is None else h_NH.index_select(0, index_M))
+    more = rows - u_MH.shape[0]
+    return nn.functional.pad(u_MH, (0, 0, 0, more)) if more else u_MH
+
+
+def _linear_score(h_BTH: Tensor, eps: float, scaled_H: Tensor, b: Tensor | float) -> Tensor:
     h = h_BTH.detach().float()
-    gamma = cast(Tensor, norm.weight)
     rms = torch.linalg.vector_norm(h, dim=-1).square_().div_(h.shape[-1]).add_(eps).rsqrt_()
-    return torch.matmul(h, w_H * gamma.detach().float()) * rms + b
+    return torch.matmul(h, scaled_H) * rms + b
 
 
 def single_score(h_H: Tensor, w_H: Tensor, b: float, eps: float) -> float:

@@ -22,7 +22,10 @@ class FamilySpec:
         attention, mlp: branch modules of a layer.
         attention_norm, mlp_norm: RMS norms before the branches.
         norm_eps: attribute of the norms with the epsilon.
-        k_norm: attribute of the attention with a norm on keys, or None.
+        q_norm, k_norm: attributes of the attention with RMS norms on each head, or None.
+        fused_attention: rotary embedding turns the whole head by halves and nothing else happens
+            between projections and attention, so the CPU kernels may do it.
+        fused_mlp: the MLP is down_proj(act_fn(gate_proj(u)) ⊙ up_proj(u)), likewise.
     """
 
     model_type: str
@@ -33,7 +36,10 @@ class FamilySpec:
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
     norm_eps: str = "variance_epsilon"
+    q_norm: str | None = None
     k_norm: str | None = None
+    fused_attention: bool = True
+    fused_mlp: bool = True
 
     def shape(self, model: nn.Module) -> ModelShape:
         """Sizes for the cost formulas, read from the model's config."""

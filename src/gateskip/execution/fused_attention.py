@@ -1,0 +1,137 @@
+"""Attention of kept tokens on the CPU kernels, for Llama-like attention modules.
+
+Shapes: B batch rows, T new tokens, M valid tokens, N kept tokens, H hidden, K key/value heads,
+G query heads per key/value head, L longest row, D head width.
+
+The module's own projections run on exactly the rows that need them; norms on heads, rotary
+embedding, and the copies into cache and grid are one pass each instead of a dozen. Keys and values
+of kept and skipped tokens come from one product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from gateskip import kernels
+from gateskip.execution.grid import Grid
+from gateskip.execution.inputs import AttentionInputs
+from gateskip.retrofit.families import FamilySpec
+from gateskip.skipping.call import Call
+
+__all__ = ["attend", "takes_kernels"]
+
+
+def takes_kernels(attention: nn.Module, family: FamilySpec, call: Call, flat: Tensor) -> bool:
+    """Whether the kernels may stand in for the module's own forward."""
+    config: Any = attention.config
+    return (
+        family.fused_attention
+        and call.new > 1
+        and call.state.config.kv_source == "project"
+        and config._attn_implementation == "sdpa"
+        and kernels.supported(flat)
+        and not attention.training
+        # Somebody who hooks or replaces the module's forward wants to see it called.
+        and not attention._forward_hooks
+        and not attention._forward_pre_hooks
+        and "forward" not in vars(attention)
+    )
+
+
+def attend(
+    attention: Any,
+    family: FamilySpec,
+    call: Call,
+    inputs: AttentionInputs,
+    layer: int,
+    valid: tuple[Tensor, Tensor | None],
+    kept: tuple[Tensor, Tensor, list[int]] | None,
+) -> Tensor | None:
+    """Write all K and V to the cache and attend for the kept tokens.
+
+    Args:
+        valid: (u [M, H] of all valid tokens, their flat indices; None: all B·T).
+        kept: (u [N or more, H], flat indices [N], count per batch row), or None where nobody is
+            kept; rows of u beyond N are passed through.
+
+    Returns:
+        The attention's output for every row of u, or None.
+    """
+    from gateskip.kernels.heads import gather_heads, rotate_heads
+
+    batch, new, width = call.batch, call.new, attention.head_dim
+    u_valid, index = valid
+    cos, sin = (t.reshape(-1, t.shape[-1]).to(u_valid.dtype).contiguous() for t in inputs.cos_sin)
+    tables = (cos, sin)
+    k_ME, v_ME = attention.k_proj(u_valid).contiguous(), attention.v_proj(u_valid)
+    kv_heads = k_ME.shape[1] // width
+    token_M = torch.arange(batch * new) if index is None else index
+    blank = k_ME.new_empty if index is None else k_ME.new_zeros
+    k = blank(batch, kv_heads, new, width)
+    rotate_heads(
+        k_ME, k, tables, source_R=None, token_R=token_M, heads=kv_heads, groups=1,
+        place_R=(token_M // new * kv_heads * new + token_M % new) * width,
+        strides=(new * width, 0), norm=_norm(attention, family.k_norm, family.norm_eps),
+    )  # fmt: skip
+    if index is not None:
+        v_ME = v_ME.new_zeros(batch * new, v_ME.shape[1]).index_copy_(0, index, v_ME)
+    v = v_ME.view(batch, new, kv_heads, width).transpose(1, 2)
+    # Before the cache is written: its answer on sizes changes with it.
+    table, past = inputs.mask_table(call, layer), inputs.past_keys(call.past, layer)
+    assert table is not None
+    if inputs.cache is not None:
+        k, v = inputs.cache.update(k, v, layer)
+    if kept is None:
+        return None
+    u_NH, kept_N, counts = kept
+    plain = inputs.mask is None and k.shape[2] == new
+    grid = Grid(kept_N, counts, new, plain=plain, dtype=u_NH.dtype)
+    q_NE = attention.q_proj(u_NH).contiguous()
+    heads = q_NE.shape[1] // width
+    groups = heads // kv_heads
+    length = grid.longest
+    q = q_NE.new_empty(batch, heads * length, width)
+    cell_R = torch.arange(batch * length)
+    if grid.causal:  # heads before positions: [B, K·G, L, D]
+        place_R = cell_R // length * (heads * length) + cell_R % length
+        strides = (groups * length * width, length * width)
+    else:  # one key/value head's query heads beside each other: [B, K, L·G, D]
+        place_R = cell_R // length * (heads * length) + cell_R % length * groups
+        strides = (length * groups * width, width)
+    rotate_heads(
+        q_NE, q, tables, source_R=grid.slots_BL.view(-1), token_R=grid.token_BL.view(-1),
+        place_R=place_R * width, heads=heads, groups=groups, strides=strides,
+        norm=_norm(attention, family.q_norm, family.norm_eps),
+    )  # fmt: skip
+    if grid.causal:
+        o = scaled_dot_product_attention(
+            q.view(batch, heads, length, width), k, v, is_causal=True,
+            scale=attention.scaling, enable_gqa=groups > 1,
+        )  # fmt: skip
+        out_NE = o.transpose(1, 2).reshape(batch * length, heads * width)
+        if grid.ragged:
+            more = kept_N.new_zeros(q_NE.shape[0] - kept_N.shape[0])
+            out_NE = out_NE.index_select(0, torch.cat([kept_N, more]))
+        return attention.o_proj(out_NE)
+    q = q.view(batch, kv_heads, length * groups, width)
+    target_BL = torch.where(grid.real_BL, grid.slots_BL, -1)
+    out_NE = torch.empty_like(q_NE)
+    out_NE[kept_N.shape[0] :].zero_()
+    for begin, end, seen, mask in grid.blocks(table, past, k.shape[2], groups, q.dtype):
+        o = scaled_dot_product_attention(
+            q[:, :, begin * groups : end * groups], k[:, :, :seen], v[:, :, :seen],
+            mask, scale=attention.scaling,
+        )  # fmt: skip
+        gather_heads(o, out_NE, target_BL[:, begin:end].contiguous(), groups)
+    return attention.o_proj(out_NE)
+
+
+def _norm(attention: nn.Module, name: str | None, eps: str) -> tuple[Tensor, float] | None:
+    if name is None:
+        return None
+    norm = getattr(attention, name)
+    return norm.weight, float(getattr(norm, eps))

@@ -1,0 +1,34 @@
+"""The gated MLP of Llama-like families with its activation and product in one pass.
+
+Shapes: M rows, H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from gateskip import kernels
+from gateskip.retrofit.families import FamilySpec
+
+__all__ = ["is_silu", "run_mlp"]
+
+
+def run_mlp(mlp: Any, family: FamilySpec, u_MH: Tensor) -> Tensor:
+    """The MLP's output; by its own forward wherever that may differ from down(silu(gate) ⊙ up)."""
+    if not (family.fused_mlp and kernels.supported(u_MH) and is_silu(mlp)):
+        return mlp(u_MH)
+    gate, up = mlp.gate_proj(u_MH), mlp.up_proj(u_MH)
+    if not (kernels.supported(gate) and kernels.supported(up) and gate.dtype == up.dtype):
+        return mlp.down_proj(mlp.act_fn(gate) * up)
+    from gateskip.kernels.rows import swiglu_
+
+    return mlp.down_proj(swiglu_(gate, up))
+
+
+def is_silu(mlp: nn.Module) -> bool:
+    """Whether the activation is SiLU, and nobody hooks or replaces the module's forward."""
+    act = type(mlp.act_fn).__name__
+    hooked = mlp._forward_hooks or mlp._forward_pre_hooks or "forward" in vars(mlp)
+    return act in ("SiLU", "SiLUActivation") and not hooked

@@ -1,0 +1,176 @@
+"""Attention of kept tokens only, laid out for the attention function.
+
+Shapes: B batch rows, T new tokens, S keys, N kept tokens of all rows one after the other, L the
+longest row, D head width, K key/value heads, G query heads per key/value head.
+
+The attention module is given the kept tokens as one sequence ``[1, N]``, so that its projections
+compute nothing for ragged padding. Row, position and causality are known only here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from gateskip.errors import UnsupportedError
+
+__all__ = ["Grid", "GridAttention"]
+
+#: Queries per causal block: keys beyond a block's last query are not computed. Smaller blocks save
+#: more of the rectangle and cost more calls; bfloat16 products are too fast for small ones.
+BLOCK = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
+#: Longest row, as a share of all tokens, from which on a full grid under plain causality is faster
+#: than mask rows (projections of skipped tokens are not computed either way).
+FULL = {torch.float32: 0.95, torch.bfloat16: 0.75, torch.float16: 0.75}
+
+
+class Grid:
+    """Where the kept tokens of a batch stand in ``[B, L]``.
+
+    Args:
+        kept_N: flat indices (row·T + position) of the queries, ascending.
+        counts: queries of each batch row, not all 0. new: T.
+        plain: no padding, nothing cached: a full grid may use plain causality.
+
+    Attributes:
+        slots_BL: index into the N kept tokens of each cell; a ragged row repeats its last one.
+        real_BL: False for such repetitions. token_BL: flat token index of each cell.
+        causal: cell l is position l, and attention needs no mask rows.
+    """
+
+    def __init__(
+        self,
+        kept_N: Tensor,
+        counts: list[int],
+        new: int,
+        *,
+        plain: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.new, self.longest = new, max(counts)
+        device = kept_N.device
+        self.causal = plain and self.longest >= FULL[dtype] * new
+        if self.causal:
+            cells = len(counts) * new
+            self.longest = new
+            self.token_BL = torch.arange(cells, device=device).view(-1, new)
+            self.ragged = kept_N.shape[0] != cells
+            if not self.ragged:
+                self.slots_BL = self.token_BL
+                self.real_BL = torch.ones_like(self.token_BL, dtype=torch.bool)
+                return
+            slots = torch.zeros(cells, dtype=torch.int64, device=device)
+            slots[kept_N] = torch.arange(kept_N.shape[0], device=device)
+            real = torch.zeros(cells, dtype=torch.bool, device=device)
+            real[kept_N] = True
+            self.slots_BL, self.real_BL = slots.view(-1, new), real.view(-1, new)
+            return
+        counts_B1 = torch.tensor(counts, device=device)[:, None]
+        starts_B1 = counts_B1.cumsum(0) - counts_B1
+        ramp_L = torch.arange(self.longest, device=device)
+        last_B1 = (counts_B1 - 1).clamp_(min=0)
+        self.slots_BL = (starts_B1 + torch.minimum(ramp_L, last_B1)).clamp_(max=kept_N.shape[0] - 1)
+        self.real_BL = ramp_L < counts_B1
+        self.ragged = kept_N.shape[0] != len(counts) * self.longest
+        self.token_BL = kept_N[self.slots_BL]
+
+    def blocks(
+        self, table: Tensor, past_keys: int, keys: int, groups: int, dtype: torch.dtype
+    ) -> Iterator[tuple[int, int, int, Tensor]]:
+        """(begin, end, visible keys, additive mask ``[B, 1, (end − begin)·G, keys]``) in turn.
+
+        Not for a causal grid.
+
+        Args:
+            table: additive mask rows ``[1 or B, T, S]`` of all new tokens.
+            past_keys: keys before the first new token. keys: S.
+        """
+        batch = self.token_BL.shape[0]
+        row_BL = self.token_BL % self.new
+        last_L = row_BL.amax(0).tolist()
+        if table.shape[0] != 1:
+            row_BL = self.token_BL
+        for begin in range(0, self.longest, BLOCK[dtype]):
+            end = min(begin + BLOCK[dtype], self.longest)
+            seen = min(past_keys + last_L[end - 1] + 1, keys)
+            index = row_BL[:, begin:end, None].expand(-1, -1, groups).reshape(-1)
+            mask = table[..., :seen].flatten(0, 1).index_select(0, index)
+            yield begin, end, seen, mask.view(batch, 1, -1, seen)
+
+
+class GridAttention(TorchFunctionMode):
+    """Steps in where a family's attention module calls ``scaled_dot_product_attention``.
+
+    Args:
+        grid: the kept tokens' layout. table, past_keys: as in :meth:`Grid.blocks`.
+    """
+
+    def __init__(self, grid: Grid, table: Tensor, past_keys: int) -> None:
+        super().__init__()
+        self.grid, self.table, self.past_keys = grid, table, past_keys
+        self.ran = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention:
+            self.ran = True
+            return self._attend(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
+        super().__exit__(kind, value, traceback)
+        if kind is None and not self.ran:
+            raise UnsupportedError(
+                "the attention module did not call scaled_dot_product_attention; use "
+                "model.set_attn_implementation('eager')."
+            )
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        assert attn_mask is None
+        assert not is_causal
+        grid = self.grid
+        (batch, longest), (heads, _, width) = grid.slots_BL.shape, query.shape[1:]
+        groups = heads // key.shape[1]
+        q = query[0].transpose(0, 1).index_select(0, grid.slots_BL.view(-1))
+        if grid.causal:
+            q_BHTD = q.view(batch, longest, heads, width).transpose(1, 2)
+            out = scaled_dot_product_attention(
+                q_BHTD, key, value, None, dropout_p, True, scale=scale, enable_gqa=groups > 1
+            )
+            return self._flat(out.transpose(1, 2).reshape(-1, heads, width))
+        q_BKLGD = q.view(batch, longest, -1, groups, width).transpose(1, 2)
+        parts = []
+        for begin, end, seen, mask in grid.blocks(
+            self.table, self.past_keys, key.shape[2], groups, query.dtype
+        ):
+            # Query heads of one key/value head become rows, which copies no key and no value.
+            block = q_BKLGD[:, :, begin:end].reshape(batch, -1, (end - begin) * groups, width)
+            out = scaled_dot_product_attention(
+                block, key[:, :, :seen], value[:, :, :seen], mask, dropout_p, False, scale=scale
+            )
+            parts.append(out.view(batch, -1, end - begin, groups, width))
+        out_BKLGD = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        return self._flat(out_BKLGD.transpose(1, 2).reshape(batch * longest, heads, width))
+
+    def _flat(self, out_CHD: Tensor) -> Tensor:
+        """Real cells as one sequence ``[1, heads, N, D]``."""
+        if self.grid.ragged:
+            out_CHD = out_CHD.index_select(0, self.grid.real_BL.view(-1).nonzero()[:, 0])
+        return out_CHD.transpose(0, 1)[None]

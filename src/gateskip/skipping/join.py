@@ -1,0 +1,67 @@
+"""Where a branch re-enters the residual stream: h + g(u) ⊙ o.
+
+Shapes: B rows, T tokens, N flat tokens, M selected ones, H hidden. The product and the sum are
+float32, rounded once to the stream's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gateskip import kernels
+from gateskip.gates import Gate
+
+__all__ = ["join", "join_at"]
+
+
+def join(h_BTH: Tensor, o_BTH: Tensor, u_BTH: Tensor, gate: Gate) -> Tensor:
+    """h + g(u) ⊙ o of every token, same shape and dtype as h."""
+    if _fused(h_BTH, o_BTH, u_BTH):
+        out = torch.empty_like(h_BTH)
+        width = h_BTH.shape[-1]
+        _join_fused(
+            out.view(-1, width), h_BTH.view(-1, width), o_BTH.view(-1, width),
+            u_BTH.view(-1, width), gate, None,
+        )  # fmt: skip
+        return out
+    g = gate(u_BTH.detach())
+    if h_BTH.dtype == torch.float32:
+        return h_BTH + g * o_BTH
+    if torch.is_grad_enabled():
+        return (h_BTH.float() + g * o_BTH.float()).to(h_BTH.dtype)
+    # Explicit conversions: PyTorch's mixed-dtype products on a CPU are five times slower.
+    return o_BTH.float().mul_(g).add_(h_BTH.float()).to(h_BTH.dtype)
+
+
+def join_at(
+    out_NH: Tensor, h_NH: Tensor, o_MH: Tensor, u_MH: Tensor, gate: Gate, index_M: Tensor
+) -> Tensor:
+    """``out`` with rows ``index_M`` set to h + g(u) ⊙ o, in place where no graph is recorded.
+
+    Args:
+        out_NH: a copy of h, or h itself where nobody else holds it.
+    """
+    if _fused(h_NH, o_MH, u_MH) and out_NH.is_contiguous():
+        _join_fused(out_NH, h_NH, o_MH, u_MH, gate, index_M)
+        return out_NH
+    return out_NH.index_copy_(0, index_M, join(h_NH.index_select(0, index_M), o_MH, u_MH, gate))
+
+
+def _fused(h: Tensor, o: Tensor, u: Tensor) -> bool:
+    return kernels.supported(h) and all(
+        t.dtype == h.dtype and t.is_contiguous() and type(t) is Tensor for t in (o, u)
+    )
+
+
+def _join_fused(
+    out_NH: Tensor, h_NH: Tensor, o_MH: Tensor, u_MH: Tensor, gate: Gate, index_M: Tensor | None
+) -> None:
+    from gateskip.kernels.rows import join_rows
+
+    alike = gate.one_logit()
+    if alike is not None:
+        join_rows(out_NH, h_NH, o_MH, index_M, one=(u_MH, *alike))
+        return
+    z_MG = gate.logits(u_MH.float())
+    join_rows(out_NH, h_NH, o_MH, index_M, logits_MH=z_MG.contiguous())
