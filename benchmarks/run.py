@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from rich.console import Console
 
-from gateskip.cli.output import check_json, write_json
+from gateskip.cli.output import check_json, command_line, write_json
 from gateskip.config import Budget
 from gateskip.data import read_texts
 from gateskip.errors import GateSkipError
@@ -40,19 +39,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def command(options: argparse.Namespace) -> str:
-    """The command line for the result's header, with names where folders of one machine stood."""
-    words = ["python benchmarks/run.py"]
-    for name, value in vars(options).items():
-        if value is None or value is False:
-            continue
-        shown = Path(value).name if name in ("model", "gates", "data", "json") else value
-        shown = " ".join(map(str, shown)) if isinstance(shown, list) else shown
-        flag = f"--{name.replace('_', '-')}"
-        words.append(flag if value is True else f"{flag} {shown}")
-    return " ".join(words)
-
-
 def run(options: argparse.Namespace) -> None:
     """Check everything that can be checked early, time, print and write."""
     check_json(options.json)
@@ -64,7 +50,8 @@ def run(options: argparse.Namespace) -> None:
         options.gates, options.model, budgets=budgets, texts=texts, batch=options.batch,
         prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens,
         dtypes=options.dtypes, repeats=options.repeats, compiled=not options.no_compiled,
-        seed=options.seed, command=command(options), progress=True,
+        seed=options.seed, progress=True,
+        command=command_line("python benchmarks/run.py", vars(options)),
     )  # fmt: skip
     print_bench(result, Console())
     write_json(options.json, result)

@@ -14,7 +14,14 @@ from gateskip.cli.loading import (
     KeepsOption,
     budgets_of,
 )
-from gateskip.cli.output import STDOUT, JsonOption, check_json, console_for, write_json
+from gateskip.cli.output import (
+    STDOUT,
+    JsonOption,
+    check_json,
+    command_line,
+    console_for,
+    write_json,
+)
 
 __all__ = ["bench"]
 
@@ -40,6 +47,7 @@ def bench(
     json: JsonOption = None,
 ) -> None:
     """Time dense and gated arms in turns on the same tokens. Leave the machine alone meanwhile."""
+    options = dict(locals())
     budgets = budgets_of(keep, compute)
     check_json(json)
     from gateskip.data import read_texts
@@ -51,7 +59,8 @@ def bench(
     result = bench_gates(
         gates, base, budgets=budgets, texts=texts, batch=batch, prompt_tokens=prompt_tokens,
         new_tokens=new_tokens, dtypes=dtype or ("bfloat16", "float32"), repeats=repeats,
-        compiled=compiled, seed=seed, progress=json != STDOUT,
+        compiled=compiled, seed=seed, command=command_line("gateskip bench", options),
+        progress=json != STDOUT,
     )  # fmt: skip
     print_bench(result, console_for(json))
     write_json(json, result)

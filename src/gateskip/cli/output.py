@@ -15,7 +15,7 @@ from rich.console import Console
 
 from gateskip.errors import OutputError
 
-__all__ = ["STDOUT", "JsonOption", "check_json", "console_for", "write_json"]
+__all__ = ["STDOUT", "JsonOption", "check_json", "command_line", "console_for", "write_json"]
 
 STDOUT = "-"
 
@@ -34,6 +34,21 @@ def check_json(target: str | None) -> None:
         raise OutputError(f"--json {target!r} is a folder; name a file.")
     if not path.parent.is_dir():
         raise OutputError(f"--json {target!r}: folder {str(path.parent)!r} does not exist.")
+
+
+def command_line(program: str, options: dict[str, Any]) -> str:
+    """A command for a result's header; of paths the last part, since folders differ by machine."""
+    words = [program]
+    for name, value in options.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if value is None or value is False or not values:
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words += [
+                Path(v).name if "/" in str(v) or isinstance(v, Path) else str(v) for v in values
+            ]
+    return " ".join(words)
 
 
 def console_for(target: str | None) -> Console:

@@ -2,19 +2,20 @@
 
 Shapes: B rows, T prompt tokens.
 
-Arms alternate within each repeat; a figure is the median of the repeats. Nothing else may run on
-the machine meanwhile. Efficiency is what of the saved arithmetic became time:
-(t_dense / t_skip) ÷ (MACs_dense / MACs_spent), bytes instead of MACs for batch-1 decoding, the LM
-head counted on both sides.
+Arms alternate within each repeat, each repeat on text of its own; a figure is the median of the
+repeats. Nothing else may run on the machine meanwhile. Efficiency is what of the saved arithmetic
+became time: (t_dense / t_skip) ÷ (MACs_dense / MACs_spent), bytes instead of MACs for batch-1
+decoding, the LM head counted on both sides.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
+import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
+from gateskip import kernels
 from gateskip.config import Budget
 from gateskip.errors import ConfigError
 from gateskip.execution.api import dense, execution, trace
@@ -74,8 +76,9 @@ def run_bench(
 
     Args:
         model: a calibrated gated model.
-        ids: real text, int64 ``[B, T + new_tokens]``; prefill takes ``[:, :T]``, decode feeds row
-            0's ``new_tokens`` last ids one by one after a prefill of its first T.
+        ids: real text, int64 ``[V, B, T + new_tokens]`` (or one window without V); the repeats take
+            the windows in turn. Prefill takes ``[:, :T]``, decode feeds row 0's ``new_tokens`` last
+            ids one by one after a prefill of its first T.
         budgets: budgets of the compacted arms; budget 1.0 is always added.
         repeats: at least 1; figures that are published need 5.
         compiled: also time ``torch.compile`` of the dense model (decode: static cache).
@@ -90,26 +93,31 @@ def run_bench(
     state = state_of(model)
     for budget in budgets:
         state.resolve(budget)
-    if ids.dim() != 2 or ids.shape[1] <= new_tokens:
+    if ids.dim() == 2:
+        ids = ids[None]
+    if ids.dim() != 3 or ids.shape[2] <= new_tokens:
         raise ConfigError(f"ids of shape {tuple(ids.shape)} need more than {new_tokens} columns.")
     if repeats < 1:
         raise ConfigError(f"repeats={repeats} must be at least 1.")
-    prompt = ids.shape[1] - new_tokens
+    prompt = ids.shape[2] - new_tokens
     wanted = [Budget(keep=1.0), *(b for b in budgets if not b.full)]
     rows: list[dict[str, Any]] = []
-    notes: list[str] = []
+    notes: list[str] = [f"{ids.shape[0]} windows of text"]
+    if not ids.is_cuda and keep_freed_memory():
+        notes.append("freed memory is kept by the allocator, in all arms")
     with eval_mode(model), Progress(disable=not progress, transient=True) as bar:
         for phase in phases:
             arms = [_Arm("dense_eager", None)]
             if compiled:
-                arms.append(_compiled_arm(model, phase, ids, prompt, notes))
+                arms += _compiled_arm(model, phase, ids[0], prompt, notes)
             if masked and len(wanted) > 1:
                 arms.append(_Arm("gated_masked", wanted[-1]))
             arms += [_Arm("gated_compacted", budget) for budget in wanted]
             task = bar.add_task(f"Timing {phase}", total=(repeats + 1) * len(arms))
             for repeat in range(repeats + 1):
+                window = ids[repeat % ids.shape[0]]
                 for arm in arms if repeat % 2 else reversed(arms):
-                    seconds = _time(model, arm, phase, ids, prompt)
+                    seconds = _time(model, arm, phase, window, prompt)
                     if repeat:  # the first round warms up
                         arm.seconds.append(seconds)
                     bar.advance(task)
@@ -127,14 +135,36 @@ def _decode(runner: Any, ids: Tensor, prompt: int, cache: Any) -> None:
         runner(input_ids=ids[:1, at : at + 1], attention_mask=mask, cache=cache, use_cache=True)
 
 
-def _compiled_arm(model: nn.Module, phase: str, ids: Tensor, prompt: int, notes: list[str]) -> _Arm:
-    """torch.compile of the dense model; its compilation is not timed, but said."""
+def keep_freed_memory() -> bool:
+    """Make glibc keep freed memory; False where there is no glibc.
+
+    Otherwise it returns large tensors to the system, or does not, depending on what ran before: the
+    same dense prefill took 0.54 or 0.81 s. Holds for the rest of the process.
+    """
+    try:
+        library = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return False
+    trim, top_pad, mmap_threshold = -1, -2, -3
+    wanted = ((trim, 2**31 - 1), (top_pad, 64 << 20), (mmap_threshold, 32 << 20))
+    return all([library.mallopt(name, value) == 1 for name, value in wanted])
+
+
+def _compiled_arm(
+    model: nn.Module, phase: str, ids: Tensor, prompt: int, notes: list[str]
+) -> list[_Arm]:
+    """torch.compile of the dense model; its compilation is not timed, but said. Empty if it fails,
+    which is said too: a machine without a C++ compiler can still time everything else."""
     started = time.perf_counter()
-    runner = torch.compile(model, dynamic=False)
-    arm = _Arm("dense_compiled", None, runner)
-    _time(model, arm, phase, ids, prompt)
+    arm = _Arm("dense_compiled", None, torch.compile(model, dynamic=False))
+    try:
+        _time(model, arm, phase, ids, prompt)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[0]
+        notes.append(f"dense_compiled {phase} is left out, torch.compile failed: {first}")
+        return []
     notes.append(f"dense_compiled {phase}: first call took {time.perf_counter() - started:.0f} s")
-    return arm
+    return [arm]
 
 
 def _time(model: Any, arm: _Arm, phase: str, ids: Tensor, prompt: int) -> float:
@@ -180,10 +210,11 @@ def _peak_rss(step: Callable[[], Any]) -> int | None:
     mark = Path("/proc/self/clear_refs")
     if not mark.exists():
         return None
-    try:
-        mark.write_text("5")
-    except OSError:
+    if not os.access(mark, os.W_OK):
         return None
+    with contextlib.suppress(OSError):  # give back what is free, so that it is not counted
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    mark.write_text("5")
     step()
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
@@ -191,31 +222,35 @@ def _peak_rss(step: Callable[[], Any]) -> int | None:
     return None
 
 
-def _ledger(model: Any, arm: _Arm, phase: str, ids: Tensor, prompt: int) -> Ledger:
-    """What the arm computes, from one traced pass that is not timed."""
+def _ledger(model: Any, arm: _Arm, phase: str, ids: Tensor, prompt: int) -> tuple[Ledger, int]:
+    """What the arm computes over all windows, from traced passes that are not timed."""
     full = Budget(keep=1.0)
     budget = arm.budget if arm.name == "gated_compacted" else full
+    calls = []
     with override(state_of(model), budget=budget), execution(model, "compacted"):
-        if phase == "prefill":
-            with trace(model) as recorder:
-                _prefill(model, ids, prompt)
-        else:
-            cache = _prefill(model, ids[:1], prompt).cache
-            with trace(model) as recorder:
-                _decode(model, ids, prompt, cache)
-    return recorder.ledger
+        for window in ids:
+            if phase == "prefill":
+                with trace(model) as recorder:
+                    _prefill(model, window, prompt)
+            else:
+                cache = _prefill(model, window[:1], prompt).cache
+                with trace(model) as recorder:
+                    _decode(model, window, prompt, cache)
+            calls += recorder.calls
+    return Ledger.of(calls), ids.shape[0]
 
 
 def _row(
     model: Any, arm: _Arm, reference: _Arm, phase: str, ids: Tensor, prompt: int, name: str
 ) -> dict[str, Any]:
     shape = state_of(model).shape
-    ledger = _ledger(model, arm, phase, ids, prompt)
-    steps = ids.shape[1] - prompt
+    ledger, windows = _ledger(model, arm, phase, ids, prompt)
+    steps = ids.shape[2] - prompt
     is_dense = arm.name.startswith("dense")
-    logits = ids.shape[0] if phase == "prefill" else steps
+    logits = windows * (ids.shape[1] if phase == "prefill" else steps)
     head = shape.macs_lm_head * logits
-    head_bytes = shape.macs_lm_head * shape.weight_bytes * (1 if phase == "prefill" else steps)
+    reads = windows * (1 if phase == "prefill" else steps)
+    head_bytes = shape.macs_lm_head * shape.weight_bytes * reads
     masked = arm.name == "gated_masked"  # computes everything, and its gates
     macs = ledger.macs_dense if is_dense else ledger.macs_spent
     read = ledger.bytes_dense if is_dense else ledger.bytes_spent
@@ -228,23 +263,23 @@ def _row(
     quartiles = statistics.quantiles(arm.seconds, n=4) if len(arm.seconds) > 1 else [0, 0, 0]
 
     def run() -> None:
-        _time(model, arm, phase, ids, prompt)
+        _time(model, arm, phase, ids[0], prompt)
 
     return {
         "model": name or type(model).__name__,
         "arm": arm.name,
         "phase": phase,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "batch": ids.shape[0] if phase == "prefill" else 1,
+        "batch": ids.shape[1] if phase == "prefill" else 1,
         "prompt_tokens": prompt,
         "new_tokens": 0 if phase == "prefill" else steps,
         "keep": 1.0 if arm.budget is None else arm.budget.keep,
         "compute": None if arm.budget is None else arm.budget.compute,
         "skip_rate": 0.0 if is_dense or masked else ledger.skip_rate,
-        "macs_dense": ledger.macs_dense,
-        "macs_spent": macs,
-        "bytes_dense": ledger.bytes_dense,
-        "bytes_spent": read,
+        "macs_dense": ledger.macs_dense / windows,
+        "macs_spent": macs / windows,
+        "bytes_dense": ledger.bytes_dense / windows,
+        "bytes_spent": read / windows,
         "seconds_median": median,
         "seconds_iqr": quartiles[2] - quartiles[0],
         "speedup_vs_dense": speedup,
@@ -268,7 +303,7 @@ def _header(command: str, notes: list[str], repeats: int) -> dict[str, Any]:
     from gateskip import __version__
 
     return {
-        "command": command or " ".join(sys.argv),
+        "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "gateskip": __version__,
         "torch": torch.__version__,
@@ -276,6 +311,7 @@ def _header(command: str, notes: list[str], repeats: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
+        "kernels": kernels.backend(),
         "seed": torch.initial_seed(),
         "repeats": repeats,
         "notes": notes,
@@ -297,3 +333,5 @@ def print_bench(result: dict[str, Any], console: Console) -> None:
             f"{row['speedup_vs_dense']:.2f}×", f"{row['efficiency']:.2f}",
         )  # fmt: skip
     console.print(table)
+    for note in result["header"]["notes"]:
+        console.print(note, style="dim", markup=False)

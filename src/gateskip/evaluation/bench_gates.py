@@ -44,9 +44,9 @@ def bench_gates(
 
     Args:
         gates: what ``gateskip.save`` wrote, calibrated. base: its base model, or the saved name.
-        texts: real text (see ``gateskip.data``), enough for ``batch * (prompt_tokens +
-            new_tokens)`` tokens; None takes random ids and warns, since they are skipped unlike
-            text.
+        texts: real text (see ``gateskip.data``), at least ``batch * (prompt_tokens + new_tokens)``
+            tokens; with more, repeats run on different text. None takes random ids and warns, since
+            they are skipped unlike text.
         batch, prompt_tokens: of prefill; decoding runs at batch 1 after such a prompt.
         new_tokens: decoding steps per measurement.
         seed: of random ids.
@@ -74,7 +74,7 @@ def bench_gates(
         model = load(gates, base=base, dtype=dtype)
         if ids is None:
             shape = (batch, prompt_tokens + new_tokens)
-            ids = _ids(model, base, texts, shape, seed)
+            ids = _ids(model, base, texts, shape, repeats, seed)
         name = Path(str(base or model.config._name_or_path)).name
         found = run_bench(
             model, ids.to(model.device), budgets=budgets, new_tokens=new_tokens, repeats=repeats,
@@ -90,20 +90,21 @@ def bench_gates(
     return result
 
 
-def text_ids(texts: Sequence[Any], tokenizer: Any, shape: tuple[int, int]) -> Tensor:
-    """Texts one after another as ids, int64 ``[B, T]`` = ``shape``.
+def text_ids(texts: Sequence[Any], tokenizer: Any, shape: tuple[int, int], most: int = 1) -> Tensor:
+    """Texts one after another as ids, int64 ``[V, B, T]``: up to ``most`` windows.
 
     Raises:
         DataError: fewer than B·T tokens.
     """
     wanted = shape[0] * shape[1]
-    flat = torch.cat([sample.ids for sample in encode(texts, tokenizer, max_length=wanted)])
+    flat = torch.cat([sample.ids for sample in encode(texts, tokenizer, max_length=wanted * most)])
     if flat.shape[0] < wanted:
         raise DataError(
             f"texts have {flat.shape[0]} tokens; {shape[0]} rows of {shape[1]} tokens need "
             f"{wanted}. Give more text, or a smaller batch, prompt_tokens or new_tokens."
         )
-    return flat[:wanted].view(shape)
+    windows = min(flat.shape[0] // wanted, most)
+    return flat[: windows * wanted].view(windows, *shape)
 
 
 def _ids(
@@ -111,6 +112,7 @@ def _ids(
     base: str | Path | None,
     texts: Sequence[Any] | None,
     shape: tuple[int, int],
+    most: int,
     seed: int,
 ) -> Tensor:
     if texts is None:
@@ -119,7 +121,7 @@ def _ids(
             stacklevel=3,
         )
         generator = torch.Generator().manual_seed(seed)
-        return torch.randint(model.config.vocab_size, shape, generator=generator)
+        return torch.randint(model.config.vocab_size, (most, *shape), generator=generator)
     from transformers import AutoTokenizer
 
     name = str(base or model.config._name_or_path)
@@ -127,4 +129,4 @@ def _ids(
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"base model {name!r} has no tokenizer that loads.") from error
-    return text_ids(texts, tokenizer, shape)
+    return text_ids(texts, tokenizer, shape, most)

@@ -122,7 +122,9 @@ def _arm(
             if best is not None:
                 agreed += int((top == best[index]).sum())
             advance()
-    ledger = None if recorder is None else recorder.ledger
+    ledger = None
+    if recorder is not None:  # the policy's cost: how rows are batched here is no property of it
+        ledger = Ledger.of(call.without_padding() for call in recorder.calls)
     return loss / max(tokens, 1), found, tokens, (agreed, ledger)
 
 

@@ -76,7 +76,7 @@ class _Plan:
         self.keep_alive: list[Any] = [score_w, *keep_alive]
 
     def _parameter(self, module: nn.Module, name: str) -> Tensor:
-        """A parameter whose place and address are watched; raises _UnfitError unless kernels read it."""
+        """A parameter, now watched; raises _UnfitError unless kernels can read it."""
         t = module._parameters.get(name)
         if t is None or not kernels.supported(t.detach()):
             raise _UnfitError

@@ -40,12 +40,7 @@ class _Scores:
         self.scores.setdefault(key, []).append(wanted.double().cpu().numpy())
 
     def record(self, call: Call) -> None:
-        record = CallRecord.of(call)
-        # Padding of rows is a cost of one batch, not of the policy.
-        kept = {key: mask.sum(1) for key, mask in record.keep.items()}
-        self.records.append(
-            dataclasses.replace(record, computed=record.computed | kept, padding={})
-        )
+        self.records.append(CallRecord.of(call).without_padding())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

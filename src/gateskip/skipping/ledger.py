@@ -63,6 +63,12 @@ class CallRecord:
             kv_bytes=2 * shape.kv_heads * shape.head_dim * shape.weight_bytes,
         )
 
+    def without_padding(self) -> CallRecord:
+        """The same call as if every kept token had been computed alone: a policy's cost, which
+        does not depend on how tokens are batched."""
+        kept = {key: mask.sum(1) for key, mask in self.keep.items()}
+        return dataclasses.replace(self, computed=self.computed | kept, padding={})
+
 
 def _sum(values: Tensor) -> Tensor:
     return values.double().sum(-1)
