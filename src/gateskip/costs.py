@@ -117,12 +117,20 @@ def compensation_macs(kind: str, hidden: int, rank: int) -> int:
     return 2 * hidden * rank if kind == "low_rank" else 0
 
 
-def branch_cost(shape: ModelShape, config: GateConfig, key: BranchKey) -> BranchCost:
-    """Cost of one branch of a gated model; a branch without a gate costs only what is computed."""
+def branch_cost(
+    shape: ModelShape, config: GateConfig, key: BranchKey, *, alike: bool = False
+) -> BranchCost:
+    """Cost of one branch of a gated model; a branch without a gate costs only what is computed.
+
+    Args:
+        alike: all channels of a gate have one logit, as after a closed-form fit, so that its value
+            is one dot product whatever its kind.
+    """
     attention = key[1] == "attention"
     gated = key[1] in config.branches
     computed = shape.macs_q_o + shape.macs_kv if attention else shape.macs_mlp
-    gate = gate_macs(config.kind, shape.hidden, config.rank) if gated else 0
+    kind = "scalar" if alike else config.kind
+    gate = gate_macs(kind, shape.hidden, config.rank) if gated else 0
     # The paper's importance needs the whole gate for every token; the mean logit one dot product.
     decision = 0 if not gated else gate if config.importance == "mean_gate" else shape.hidden
     comp = compensation_macs(config.compensation, shape.hidden, config.compensation_rank)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import gateskip
-from gateskip.retrofit.attach import layers_of
+from gateskip.retrofit.attach import gated_branches, layers_of
 from gateskip.skipping.state import override, replay, state_of
 from models import (
     FAMILIES,
@@ -236,6 +236,23 @@ def test_i6_flop_counter_sees_the_skips() -> None:
     )
     expected = trace.ledger.macs_spent - state_of(model).shape.macs_per_key * attended
     assert abs(linear - expected) <= 0.02 * expected
+
+
+@torch.no_grad()
+def test_i6_a_fitted_gate_costs_one_product() -> None:
+    model = gated()
+    state, ids = state_of(model), random_ids(2, 20)
+    with override(state, thresholds=medians(model)), gateskip.trace(model) as random:
+        model(ids)
+    decisions = [random.calls[0].keep]
+    for module in gated_branches(model, state.family).values():
+        module.skip_gate.set_direction(torch.ones(64) / 64, 1.0)  # type: ignore[union-attr, operator]
+    with replay(state, decisions), gateskip.trace(model) as fitted:
+        model(ids)
+    per_gate = 2 * 64 * 4 - 64  # two thin products against one dot product
+    assert random.ledger.pairs_kept == fitted.ledger.pairs_kept > 0
+    saved = random.ledger.macs_spent - fitted.ledger.macs_spent
+    assert saved == random.ledger.pairs_kept * per_gate
 
 
 @torch.no_grad()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import nn
 
 from gateskip.config import Budget
 from gateskip.errors import UnsupportedError
 from gateskip.execution.inputs import CACHE_NAMES
 from gateskip.execution.layer import layer_forward
+from gateskip.gates import Gate
 from gateskip.retrofit.attach import Wiring
 from gateskip.skipping.call import Call
 from gateskip.skipping.state import GateSkipState, current, effective_budget, override, state_of
@@ -31,6 +33,10 @@ def check_backend(config: Any) -> None:
         )
 
 
+def _channels_alike(decoder: nn.Module) -> bool:
+    return all(gate.one_logit() is not None for gate in decoder.modules() if isinstance(gate, Gate))
+
+
 def decoder_hook(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -49,9 +55,10 @@ def decoder_hook(
     if tokens is None:
         tokens = kwargs["inputs_embeds"]
     cache = next((kwargs[n] for n in CACHE_NAMES if kwargs.get(n) is not None), None)
+    over = current(state)
     call = Call(
         state,
-        current(state),
+        over,
         batch=tokens.shape[0],
         new=tokens.shape[1],
         past=int(cache.get_seq_length()) if cache is not None else 0,
@@ -59,6 +66,10 @@ def decoder_hook(
         position_ids=kwargs.get("position_ids"),
         training=decoder.training,
         device=tokens.device,
+        # Only a ledger asks; under a graph gates compute every channel.
+        alike=over.recorder is not None
+        and not torch.is_grad_enabled()
+        and _channels_alike(decoder),
     )
     return (), kwargs | {"gateskip_call": call}
 

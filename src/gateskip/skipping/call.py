@@ -25,6 +25,7 @@ class Call:
     """What the layers of one forward call share.
 
     Attributes:
+        alike: every gate's value is one dot product in this call (for the ledger).
         valid_BT: True for real tokens, bool; None when all are.
         protected_BT: True for tokens that no branch may skip, bool; None when there is none.
         thresholds: τ per gated branch; None keeps everything.
@@ -48,10 +49,11 @@ class Call:
         position_ids: Tensor | None,
         training: bool,
         device: torch.device,
+        alike: bool = False,
     ) -> None:
         self.state = state
         self.batch, self.new, self.past = batch, new, past
-        self.device = device
+        self.device, self.alike = device, alike
         self.thresholds: Mapping[BranchKey, float] | None = (
             over.thresholds
             if over.thresholds is not None

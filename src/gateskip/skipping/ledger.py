@@ -47,7 +47,7 @@ class CallRecord:
         """Freeze a finished call."""
         everyone = call.everyone()
         shape = call.state.shape
-        costs = call.state.costs()
+        costs = call.state.costs(alike=call.alike)
         keep = {key: call.keep.get(key, everyone) for key in call.state.branches}
         full = torch.full((call.batch,), call.new, device=call.device)
         computed = {key: call.computed.get(key, full) for key in costs}

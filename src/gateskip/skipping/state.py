@@ -50,13 +50,13 @@ class GateSkipState:
             )
         return _thresholds(self.policy, budget, self.branches)
 
-    def costs(self) -> dict[BranchKey, BranchCost]:
-        """Cost of every branch, gated or not, as the model is now."""
+    def costs(self, *, alike: bool = False) -> dict[BranchKey, BranchCost]:
+        """Cost of every branch, gated or not, as the model is now; ``alike`` as in branch_cost."""
         config = self.config
         if not self.compensated:
             config = dataclasses.replace(config, compensation="none")
         return {
-            (layer, kind): branch_cost(self.shape, config, (layer, kind))
+            (layer, kind): branch_cost(self.shape, config, (layer, kind), alike=alike)
             for layer in range(self.shape.layers)
             for kind in ("attention", "mlp")
         }
