@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import model as demo_model
-import torch
 from rich.console import Console
 from rich.table import Table
 
 import gateskip
-from gateskip.data import encode, read_texts
+from gateskip.data import read_texts
 from gateskip.evaluation.bench import run_bench
+from gateskip.evaluation.bench_gates import text_ids
 from gateskip.evaluation.quality import QualityRow, evaluate
 from gateskip.explain.plot import plot_usage
 from gateskip.explain.terminal import print_usage
@@ -45,11 +45,11 @@ def main() -> None:
 
     console.rule("1. Gates, fitted and calibrated without training")
     gateskip.attach(model, gateskip.GateConfig())
-    report = gateskip.fit(model, fitting[::2], tokenizer, max_tokens=16_000, progress=True)
+    report = gateskip.fit(model, fitting[::2], tokenizer, max_tokens=24_000, progress=True)
     console.print(f"Fitted on {report.tokens} tokens in {report.seconds:.0f} s.")
     clock = time.perf_counter()
     table = gateskip.calibrate(
-        model, fitting[1::2], tokenizer, max_tokens=4_000, progress=True,
+        model, fitting[1::2], tokenizer, max_tokens=12_000, progress=True,
         grid=(0.97, 0.93, 0.88, 0.82, 0.75, 0.65, 0.55, 0.42, 0.3),
     )  # fmt: skip
     console.print(
@@ -61,8 +61,7 @@ def main() -> None:
     console.rule("2. Quality against speed, on text that was not used to fit")
     budgets = [gateskip.Budget(compute=max(c, table.floor("compute"))) for c in BUDGETS]
     rows = evaluate(model, heldout, tokenizer, budgets=budgets, max_tokens=8_000, progress=True)
-    stream = torch.cat([s.ids for s in encode(heldout, tokenizer)])
-    ids = stream[: 4 * (256 + 24)].view(4, -1)
+    ids = text_ids(heldout, tokenizer, (4, 512 + 24), 5)
     speed = run_bench(
         model, ids, budgets=budgets, new_tokens=24, repeats=5, compiled=False, masked=False,
         name=name, command="make demo", progress=True,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import gateskip
 from gateskip import kernels
+from gateskip.execution import mask_rows
 from gateskip.execution.rounding import rounded_rows
 from gateskip.retrofit.attach import gated_branches
 from gateskip.skipping.state import override, state_of
@@ -77,6 +78,27 @@ def test_one_token_with_every_gate(kind: str, threads: int) -> None:
                 torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_window"])
+@pytest.mark.parametrize("name", ["torch", "numba"])
+@torch.no_grad()
+def test_masks_too_large_for_a_table(
+    family: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = gated(family, compensation="mean")
+    ids = random_ids(3, 17)
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    with kernels.using(name):
+        for given in (mask, None):
+            thresholds = medians(model)
+            expected, _ = outputs(model, ids, given, thresholds)
+            monkeypatch.setattr(mask_rows, "TABLE", 0)
+            found, _ = outputs(model, ids, given, thresholds)
+            monkeypatch.undo()
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

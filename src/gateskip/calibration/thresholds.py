@@ -29,7 +29,7 @@ def calibrate(
     *,
     allocation: str = "global",
     weigh_cost: bool = True,
-    max_tokens: int | None = 6_000,
+    max_tokens: int | None = 12_000,
     max_length: int = 512,
     grid: tuple[float, ...] = GRID,
     progress: bool = False,

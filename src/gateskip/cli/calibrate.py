@@ -26,7 +26,7 @@ def calibrate(
     weigh_cost: Annotated[
         bool, typer.Option(help="Weigh scores against the MACs that a skip saves.")
     ] = True,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of the data to use.")] = 6_000,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of the data to use.")] = 12_000,
     base: BaseOption = None,
     dtype: DtypeOption = "auto",
     overwrite: Annotated[bool, typer.Option(help="Write into a folder that is not empty.")] = False,

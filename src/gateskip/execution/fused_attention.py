@@ -80,16 +80,14 @@ def attend(
     if index is not None:
         v_ME = v_ME.new_zeros(batch * new, v_ME.shape[1]).index_copy_(0, index, v_ME)
     v = v_ME.view(batch, new, kv_heads, width).transpose(1, 2)
-    # Before the cache is written: its answer on sizes changes with it.
-    table, past = inputs.mask_table(call, layer), inputs.past_keys(call.past, layer)
-    assert table is not None
+    mask_rows = inputs.mask_rows(call, layer)  # before the cache is written
+    assert mask_rows is not None
     if inputs.cache is not None:
         k, v = inputs.cache.update(k, v, layer)
     if kept is None:
         return None
     u_NH, kept_N, counts = kept
-    plain = inputs.mask is None and k.shape[2] == new
-    grid = Grid(kept_N, counts, new, plain=plain, dtype=u_NH.dtype)
+    grid = Grid(kept_N, counts, new, plain=mask_rows.plain, dtype=u_NH.dtype)
     q_NE = attention.q_proj(u_NH).contiguous()
     heads = q_NE.shape[1] // width
     groups = heads // kv_heads
@@ -121,7 +119,7 @@ def attend(
     target_BL = torch.where(grid.real_BL, grid.slots_BL, -1)
     out_NE = torch.empty_like(q_NE)
     out_NE[kept_N.shape[0] :].zero_()
-    for begin, end, seen, mask in grid.blocks(table, past, k.shape[2], groups, q.dtype):
+    for begin, end, seen, mask in grid.blocks(mask_rows, k.shape[2], groups, q.dtype):
         o = scaled_dot_product_attention(
             q[:, :, begin * groups : end * groups], k[:, :, :seen], v[:, :, :seen],
             mask, scale=attention.scaling,

@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from gateskip.errors import UnsupportedError
+from gateskip.execution.mask_rows import MaskRows
 
 __all__ = ["Grid", "GridAttention"]
 
@@ -80,39 +81,34 @@ class Grid:
         self.token_BL = kept_N[self.slots_BL]
 
     def blocks(
-        self, table: Tensor, past_keys: int, keys: int, groups: int, dtype: torch.dtype
+        self, rows: MaskRows, keys: int, groups: int, dtype: torch.dtype
     ) -> Iterator[tuple[int, int, int, Tensor]]:
         """(begin, end, visible keys, additive mask ``[B, 1, (end − begin)·G, keys]``) in turn.
 
         Not for a causal grid.
 
         Args:
-            table: additive mask rows ``[1 or B, T, S]`` of all new tokens.
-            past_keys: keys before the first new token. keys: S.
+            rows: the mask. keys: S.
         """
         batch = self.token_BL.shape[0]
-        row_BL = self.token_BL % self.new
-        last_L = row_BL.amax(0).tolist()
-        if table.shape[0] != 1:
-            row_BL = self.token_BL
+        last_L = (self.token_BL % self.new).amax(0).tolist()
         for begin in range(0, self.longest, BLOCK[dtype]):
             end = min(begin + BLOCK[dtype], self.longest)
-            seen = min(past_keys + last_L[end - 1] + 1, keys)
-            index = row_BL[:, begin:end, None].expand(-1, -1, groups).reshape(-1)
-            mask = table[..., :seen].flatten(0, 1).index_select(0, index)
-            yield begin, end, seen, mask.view(batch, 1, -1, seen)
+            seen = min(rows.past_keys + last_L[end - 1] + 1, keys)
+            token = self.token_BL[:, begin:end, None].expand(-1, -1, groups)
+            yield begin, end, seen, rows.select(token, seen).view(batch, 1, -1, seen)
 
 
 class GridAttention(TorchFunctionMode):
     """Steps in where a family's attention module calls ``scaled_dot_product_attention``.
 
     Args:
-        grid: the kept tokens' layout. table, past_keys: as in :meth:`Grid.blocks`.
+        grid: the kept tokens' layout. rows: the mask.
     """
 
-    def __init__(self, grid: Grid, table: Tensor, past_keys: int) -> None:
+    def __init__(self, grid: Grid, rows: MaskRows) -> None:
         super().__init__()
-        self.grid, self.table, self.past_keys = grid, table, past_keys
+        self.grid, self.rows = grid, rows
         self.ran = False
 
     def __torch_function__(
@@ -157,9 +153,7 @@ class GridAttention(TorchFunctionMode):
             return self._flat(out.transpose(1, 2).reshape(-1, heads, width))
         q_BKLGD = q.view(batch, longest, -1, groups, width).transpose(1, 2)
         parts = []
-        for begin, end, seen, mask in grid.blocks(
-            self.table, self.past_keys, key.shape[2], groups, query.dtype
-        ):
+        for begin, end, seen, mask in grid.blocks(self.rows, key.shape[2], groups, query.dtype):
             # Query heads of one key/value head become rows, which copies no key and no value.
             block = q_BKLGD[:, :, begin:end].reshape(batch, -1, (end - begin) * groups, width)
             out = scaled_dot_product_attention(

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gateskip.errors import UnsupportedError
+from gateskip.execution.mask_rows import MaskRows
 from gateskip.skipping.call import Call
-from gateskip.skipping.key_values import causal_rows
 
 __all__ = ["AttentionInputs", "flat_positions", "grid_of"]
 
@@ -85,8 +84,10 @@ class AttentionInputs:
         ids = self.position_ids
         if ids is not None:
             ids = pick(ids[..., None])[..., 0]
+        rows = self.mask_rows(call, layer_idx)
+        mask = None if rows is None else rows.select(flat_RT, rows.length)[:, None]
         return {
-            "attention_mask": self._mask_rows(position_RT, rows_R, call, layer_idx),
+            "attention_mask": mask,
             "position_embeddings": (pick(self.cos_sin[0]), pick(self.cos_sin[1])),
             "position_ids": ids,
             self.cache_name: cache,
@@ -111,59 +112,23 @@ class AttentionInputs:
             **self.rest,
         }
 
-    def past_keys(self, past: int, layer_idx: int) -> int:
-        """Keys before the first new token among those that the cache gives to attention."""
-        if self.cache is None:
-            return 0
-        new = self.cos_sin[0].shape[1]
-        return past - int(self.cache.get_mask_sizes(new, layer_idx)[1])
+    def mask_rows(self, call: Call, layer_idx: int) -> MaskRows | None:
+        """The mask's rows, one object per call and kind of layer; None where all keys are seen.
 
-    def mask_table(self, call: Call, layer_idx: int) -> Tensor | None:
-        """Additive mask rows ``[1 or B, T, S]`` of all new tokens; None where all keys are seen.
-
-        Built once per call and kind of layer, not once per layer.
+        Ask before the cache is written: its answer on sizes changes with it.
         """
-        new = self.cos_sin[0].shape[1]
-        dtype = self.cos_sin[0].dtype
-        mask = self.mask
-        if mask is not None:
-            if mask.shape[1] != 1:
-                raise UnsupportedError(
-                    f"attention_mask of shape {tuple(mask.shape)} differs by head."
-                )
-            key: Any = id(mask)
-        elif new == 1:
+        new, length, offset = self.cos_sin[0].shape[1], self.cos_sin[0].shape[1], 0
+        if self.cache is not None:
+            length, offset = (int(n) for n in self.cache.get_mask_sizes(new, layer_idx))
+        if self.mask is None and new == 1:
             return None
-        else:
-            length, offset = new, 0
-            if self.cache is not None:
-                length, offset = (int(n) for n in self.cache.get_mask_sizes(new, layer_idx))
-            key = (length, offset)
-        known = call.masks.get(key)
-        if known is not None:
-            return known[1]
-        if mask is None:
-            every = torch.arange(new, device=call.device)[None]
-            allowed = causal_rows(every, call.past, length, offset)[:, 0]
-        else:
-            allowed = mask[:, 0]
-        if allowed.dtype == torch.bool:
-            # Additive masks: PyTorch would turn a boolean one into this in every call.
-            blank = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-            allowed = blank.masked_fill_(~allowed, torch.finfo(dtype).min)
-        call.masks[key] = (mask, allowed)  # holding the mask keeps its id its own
-        return allowed
-
-    def _mask_rows(
-        self, position_RT: Tensor, rows_R: Tensor | None, call: Call, layer_idx: int
-    ) -> Tensor | None:
-        table = self.mask_table(call, layer_idx)
-        if table is None:
-            return None
-        flat_RT = position_RT
-        if table.shape[0] != 1:
-            flat_RT = flat_positions(position_RT, rows_R, table.shape[1])
-        return rows_at(table, flat_RT)[:, None]
+        key = (length, offset, id(self.mask))
+        if key not in call.masks:
+            call.masks[key] = MaskRows(
+                self.mask, new=new, past=call.past, length=length, offset=offset,
+                dtype=self.cos_sin[0].dtype, device=call.device,
+            )  # fmt: skip
+        return call.masks[key]
 
 
 def flat_positions(position_RT: Tensor, rows_R: Tensor | None, new: int) -> Tensor:

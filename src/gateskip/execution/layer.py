@@ -294,12 +294,10 @@ def _attend_flat(
         writer.update(None, None, layer)
         return writer, None, flat[:0]
     u = branch.input_at(flat, kept)
-    table = inputs.mask_table(call, layer)
-    assert table is not None
-    past = inputs.past_keys(call.past, layer)
-    plain = inputs.mask is None and table.shape[-1] == call.new
-    grid = Grid(kept, counts.tolist(), call.new, plain=plain, dtype=flat.dtype)
-    with GridAttention(grid, table, past):
+    mask_rows = inputs.mask_rows(call, layer)
+    assert mask_rows is not None
+    grid = Grid(kept, counts.tolist(), call.new, plain=mask_rows.plain, dtype=flat.dtype)
+    with GridAttention(grid, mask_rows):
         o = branch.module(hidden_states=u[None], **inputs.flat_queries(writer, kept, call.batch))[0]
     return writer, o[0], u
 

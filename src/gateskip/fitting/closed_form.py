@@ -3,8 +3,9 @@ r"""``fit``: gates that rank tokens, in minutes, without training (ours).
 For each branch, ridge regression from its input u to y = log(‖o‖/‖h‖): how much the branch changes
 the residual it joins. The prediction ŷ becomes the score through z = z₀ + α·(ŷ − c) on all
 channels, with α small enough that gate values stay near σ(z₀); score scale α and a shift make
-s = ŷ. Compensation is fitted on what skipped branches would have added, with skipping on; the
-gates are then fitted again to what a compensated skip loses.
+s = ŷ. Compensation is fitted on what skipped branches would have added, with skipping on, and once
+more with that compensation in place, because a compensated stream is another one; each time the
+gates are fitted again to what a compensated skip loses.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from gateskip.config import BranchKey, GateConfig
 from gateskip.data import Batch, count_tokens, encode, take_tokens, to_batches
 from gateskip.errors import DataError
 from gateskip.fitting.closed_loop import Allocation, closed_loop, keep_all, measure
-from gateskip.fitting.observers import CompensationMoments, ScoreMoments
+from gateskip.fitting.observers import CompensationMoments, ScoreMoments, Several
 from gateskip.fitting.passes import run_pass
 from gateskip.fitting.regression import Moments
 from gateskip.gates import Gate
 from gateskip.retrofit.attach import branch_module, gate_of, layers_of
-from gateskip.skipping.compensation import Compensation, set_compensation
+from gateskip.skipping.compensation import Compensation, compensation_of, set_compensation
 from gateskip.skipping.state import GateSkipState, state_of
 
 __all__ = ["FitReport", "fit"]
@@ -37,6 +38,7 @@ COMPENSATION_RIDGE = 1e-3
 MINIMUM_TOKENS = 1_000
 LOOP_TOKENS = 4_000
 FIT_KEEP = 0.75
+ROUNDS = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ def fit(
     max_length: int = 512,
     batch_tokens: int = 2048,
     fit_keep: float = FIT_KEEP,
-    rounds: int = 1,
+    rounds: int = ROUNDS,
     progress: bool = False,
 ) -> FitReport:
     """Fit gates, and the compensation that the config asks for, in closed form.
@@ -67,7 +69,7 @@ def fit(
         data: texts, rows or id tensors (see ``gateskip.data``).
         max_tokens: tokens used; None uses all. max_length: tokens per text.
         fit_keep: share of token×branch pairs kept while the compensation is fitted.
-        rounds: how often compensation and gates are fitted again on their own trajectory.
+        rounds: how often the compensation is fitted, each time on the trajectory of the last.
 
     Raises:
         DataError: fewer than 1,000 tokens.
@@ -95,8 +97,20 @@ def fit(
     state.fitted = True
     if state.config.compensation != "none":
         short = to_batches(take_tokens(samples, LOOP_TOKENS), batch_tokens)
+        compensations: dict[BranchKey, Compensation] = {}
         for number in range(1, rounds + 1):
-            r2 = _round(model, state, modules, batches, short, fit_keep, title, number)
+            thresholds = _thresholds(model, state, short, fit_keep)
+            outputs, scores = CompensationMoments(), ScoreMoments(compensations, ungated=False)
+            run_pass(model, batches, thresholds=thresholds, observer=Several(outputs, scores),
+                     title=title(f"Fitting compensation, {number} of {rounds}"))  # fmt: skip
+            if compensations:
+                _write_gates(modules, scores.moments, state.config)
+            compensations = _write_compensation(modules, outputs.moments, state)
+        thresholds = _thresholds(model, state, short, fit_keep)
+        scores = ScoreMoments(compensations, ungated=False)
+        run_pass(model, batches, thresholds=thresholds, observer=scores,
+                 title=title("Fitting gates again"))  # fmt: skip
+        r2 = _write_gates(modules, scores.moments, state.config)
     return FitReport(tokens=tokens, seconds=time.perf_counter() - started, r2=r2)
 
 
@@ -105,39 +119,27 @@ def _modules(model: nn.Module, state: GateSkipState) -> dict[BranchKey, nn.Modul
     return {key: branch_module(layers[key[0]], state.family, key[1]) for key in state.branches}
 
 
-def _round(
-    model: nn.Module,
-    state: GateSkipState,
-    modules: dict[BranchKey, nn.Module],
-    batches: Sequence[Batch],
-    short: Sequence[Batch],
-    keep: float,
-    title: Any,
-    number: int,
+def _thresholds(
+    model: nn.Module, state: GateSkipState, short: Sequence[Batch], keep: float
 ) -> dict[BranchKey, float]:
-    """Compensation on the present trajectory, then gates to what compensated skips lose."""
+    """Cost-weighed thresholds that keep ``keep`` of the pairs, as the model is now."""
     lengths = [int(n) for batch in short for n in batch.mask.sum(1)]
     keys = sum(n * (n + 1) / 2 for n in lengths) / sum(lengths)
     split = Allocation.of(state, "global", True, keys)
-    thresholds, _ = closed_loop(
-        model, short, split, keep, measure(model, short, keep_all(state)), tolerance=0.01
-    )
-    outputs = CompensationMoments()
-    run_pass(model, batches, thresholds=thresholds, observer=outputs,
-             title=title(f"Fitting compensation ({number})"))  # fmt: skip
-    compensations = {
-        key: found
-        for key, moments in outputs.moments.items()
-        if (found := compensation_from(moments, state.config)) is not None
-    }
+    start = measure(model, short, keep_all(state))
+    return closed_loop(model, short, split, keep, start, tolerance=0.01)[0]
+
+
+def _write_compensation(
+    modules: dict[BranchKey, nn.Module], moments: dict[BranchKey, Moments], state: GateSkipState
+) -> dict[BranchKey, Compensation]:
+    written = {}
     for key, module in modules.items():
-        set_compensation(module, compensations.get(key) or _zero(state, state.config))
-        compensations[key] = module.skip_compensation  # type: ignore[assignment]
+        found = compensation_from(moments[key], state.config) if key in moments else None
+        set_compensation(module, found or _zero(state, state.config))
+        written[key] = compensation_of(module)
     state.compensated = True
-    scores = ScoreMoments(compensations, ungated=False)
-    run_pass(model, batches, thresholds=thresholds, observer=scores,
-             title=title(f"Fitting gates again ({number})"))  # fmt: skip
-    return _write_gates(modules, scores.moments, state.config)
+    return {key: c for key, c in written.items() if c is not None}
 
 
 def compensation_from(moments: Moments, config: GateConfig) -> Compensation | None:

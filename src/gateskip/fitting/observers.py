@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from gateskip.config import BranchKey
-from gateskip.fitting.passes import flat_valid
+from gateskip.fitting.passes import Observer, flat_valid
 from gateskip.fitting.regression import Moments
 from gateskip.skipping.call import Call
 from gateskip.skipping.compensation import Compensation
 
-__all__ = ["CompensationMoments", "ScoreMoments"]
+__all__ = ["CompensationMoments", "ScoreMoments", "Several"]
 
 
 def log_ratio(h_NH: Tensor, o_NH: Tensor) -> Tensor:
@@ -64,3 +64,17 @@ class CompensationMoments:
         if key not in self.moments:
             self.moments[key] = Moments(u.shape[-1], u.shape[-1])
         self.moments[key].add(u_NH, o_NH)
+
+
+class Several:
+    """Observers that share one pass."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self.observers = observers
+        self.ungated = all(observer.ungated for observer in observers)
+
+    def branch(
+        self, key: BranchKey, h: Tensor, u: Tensor, o: Tensor, keep: Tensor, call: Call
+    ) -> None:
+        for observer in self.observers:
+            observer.branch(key, h, u, o, keep, call)

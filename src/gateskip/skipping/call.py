@@ -33,7 +33,7 @@ class Call:
         computed: rows that really entered a branch's projections, per batch row, ``[B]``.
         padding: rows added to a branch to round its row count up, keys and values apart.
         kv: K and V that attention layers wrote for the new tokens (``kv_source="previous"``).
-        masks: additive mask tables of this call, by what they were made from.
+        masks: mask rows of this call, made once by the execution, by what they were made from.
         single: batch 1, one new token, no padding: the batch-1 decoding path.
     """
 
@@ -70,7 +70,7 @@ class Call:
         self.computed: dict[BranchKey, Tensor] = {}
         self.padding: dict[BranchKey, int] = {}
         self.kv: dict[int, tuple[Tensor, Tensor]] = {}
-        self.masks: dict[Any, tuple[Tensor | None, Tensor]] = {}
+        self.masks: dict[Any, Any] = {}
         self.mask_2d = _two_dimensional(attention_mask)
         self.valid_BT, self.protected_BT = self._tokens(position_ids)
         one = batch == 1 and new == 1 and self.valid_BT is None

@@ -12,7 +12,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 __all__ = ["CacheWriter", "project_kv"]
@@ -112,9 +111,3 @@ class CacheWriter:
 def flat_tokens(kv_BKTD: Tensor, index_N: Tensor) -> Tensor:
     """Rows ``[N, K, D]`` of flat token indices out of ``[B, K, T, D]``."""
     return kv_BKTD.transpose(1, 2).flatten(0, 1).index_select(0, index_N)
-
-
-def causal_rows(positions_RT: Tensor, past: int, kv_length: int, kv_offset: int) -> Tensor:
-    """Explicit causal mask rows, bool ``[R, 1, Tq, S]``, for queries at ``positions`` among new."""
-    keys = torch.arange(kv_length, device=positions_RT.device) + kv_offset
-    return (keys <= (positions_RT + past)[..., None])[:, None]

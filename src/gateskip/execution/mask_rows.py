@@ -1,0 +1,74 @@
+"""Rows of the attention mask for some queries.
+
+Shapes: B batch rows, T new tokens, S keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gateskip.errors import UnsupportedError
+
+__all__ = ["MaskRows"]
+
+#: Largest table, in elements, that is made additive once per call; larger ones are cut first.
+TABLE = 1 << 22
+
+
+class MaskRows:
+    """Additive mask rows of one call: PyTorch would make a boolean mask additive in every layer.
+
+    Args:
+        mask: what transformers made of the 2-D mask, ``[1 or B, 1, T, S]``; None: causality.
+        new: T. past: cached tokens. length, offset: S, and the index of the first key, as the cache
+            says. dtype: of the additive mask.
+
+    Raises:
+        UnsupportedError: a mask that differs by head.
+    """
+
+    def __init__(
+        self, mask: Tensor | None, *, new: int, past: int, length: int, offset: int,
+        dtype: torch.dtype, device: torch.device,
+    ) -> None:  # fmt: skip
+        if mask is not None and mask.shape[1] != 1:
+            raise UnsupportedError(f"attention_mask of shape {tuple(mask.shape)} differs by head.")
+        self.new, self.past, self.length, self.offset = new, past, length, offset
+        self.dtype = dtype
+        self.mask, self.device = mask, device
+        self.plain = mask is None and length == new
+        self.table: Tensor | None = None
+        if mask is not None:
+            small = mask.numel() <= TABLE
+            self.table = self._additive(mask[:, 0]) if small else mask[:, 0]
+        elif new * length <= TABLE:
+            self.table = self._causal(torch.arange(new, device=device), length)[None]
+
+    @property
+    def past_keys(self) -> int:
+        """Keys before the first new token among those that attention is given."""
+        return self.past - self.offset
+
+    def select(self, token: Tensor, keys: int) -> Tensor:
+        """Rows of flat token indices (row·T + position) over the first ``keys`` keys.
+
+        Returns:
+            Additive mask ``[*token.shape, keys]``.
+        """
+        table, flat = self.table, token.reshape(-1)
+        if table is None:
+            return self._causal(flat % self.new, keys).view(*token.shape, keys)
+        index = flat % self.new if table.shape[0] == 1 else flat
+        rows = table[..., :keys].flatten(0, 1).index_select(0, index)
+        return self._additive(rows).view(*token.shape, keys)
+
+    def _causal(self, position_N: Tensor, keys: int) -> Tensor:
+        key_S = torch.arange(self.offset, self.offset + keys, device=self.device)
+        return self._additive(key_S <= position_N[:, None] + self.past)
+
+    def _additive(self, mask: Tensor) -> Tensor:
+        if mask.dtype != torch.bool:
+            return mask
+        blank = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device)
+        return blank.masked_fill_(~mask, torch.finfo(self.dtype).min)
