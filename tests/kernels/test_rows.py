@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -102,34 +103,30 @@ def test_exponentials_hold_far_out_and_nan_stays() -> None:
 
 @dtypes
 def test_rotate_and_gather(dtype: torch.dtype) -> None:
-    batch, length, keys, groups, width = 2, 5, 2, 3, 8
-    x = normal(batch * length, keys * groups * width, dtype=dtype)
-    cos, sin = (
-        normal(length, width, dtype=dtype, seed=1),
-        normal(length, width, dtype=dtype, seed=2),
-    )
+    batch, length, count, width = 2, 5, 6, 8
+    x = normal(batch * length, count * width, dtype=dtype)
+    cos, sin = (normal(length, width, dtype=dtype, seed=seed) for seed in (1, 2))
     token = torch.arange(batch * length)
-    out = torch.empty(batch, keys, length * groups, width, dtype=dtype)
-    place = (token // length * (keys * length * groups) + token % length * groups) * width
-    rotate = dict(
-        source_R=None, place_R=place, token_R=token, heads=keys * groups, groups=groups,
-        strides=(length * groups * width, width),
-    )  # fmt: skip
-    heads.rotate_heads(x, out, (cos, sin), **rotate)  # type: ignore[arg-type]
-    q = x.float().view(batch, length, keys, groups, width)
+    out = torch.empty(batch, count, length, width, dtype=dtype)
+    place = (token // length * (count * length) + token % length) * width
+    rotate: dict[str, Any] = {
+        "source_R": None, "place_R": place, "token_R": token, "heads": count,
+        "stride": length * width,
+    }  # fmt: skip
+    heads.rotate_heads(x, out, (cos, sin), **rotate)
+    q = x.float().view(batch, length, count, width)
     half = torch.cat([-q[..., width // 2 :], q[..., : width // 2]], -1)
-    c, s = (t.float()[None, :, None, None] for t in (cos, sin))
-    expected = (q * c + half * s).permute(0, 2, 1, 3, 4).reshape(out.shape)
-    close(out, expected, dtype)
+    c, s = (t.float()[None, :, None] for t in (cos, sin))
+    close(out, (q * c + half * s).transpose(1, 2), dtype)
     gamma = normal(width, dtype=dtype, seed=3)
-    heads.rotate_heads(x, out, (torch.ones_like(cos), torch.zeros_like(sin)),
-                       norm=(gamma, 1e-6), **rotate)  # type: ignore[arg-type]  # fmt: skip
+    straight = torch.ones_like(cos), torch.zeros_like(sin)
+    heads.rotate_heads(x, out, straight, norm=(gamma, 1e-6), **rotate)
     normed = gamma * (q * torch.rsqrt(q.square().mean(-1, keepdim=True) + 1e-6)).to(dtype)
-    close(out, normed.permute(0, 2, 1, 3, 4).reshape(out.shape), dtype)
+    close(out, normed.transpose(1, 2), dtype)
     target = torch.arange(batch * length).view(batch, length).flip(1).contiguous()
     target[0, 1] = -1
     back = torch.full_like(x, 7.0)
-    heads.gather_heads(out, back, target, groups)
+    heads.gather_heads(out, back, target)
     plain = normed.reshape(batch, length, -1)
     for b in range(batch):
         for i in range(length):

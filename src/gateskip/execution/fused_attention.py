@@ -1,7 +1,7 @@
 """Attention of kept tokens on the CPU kernels, for Llama-like attention modules.
 
-Shapes: B batch rows, T new tokens, M valid tokens, N kept tokens, H hidden, K key/value heads,
-G query heads per key/value head, L longest row, D head width.
+Shapes: B batch rows, T new tokens, M valid tokens, N kept tokens, H hidden, L longest row, D head
+width.
 
 The module's own projections run on exactly the rows that need them; norms on heads, rotary
 embedding, and the copies into cache and grid are one pass each instead of a dozen. Keys and values
@@ -73,9 +73,9 @@ def attend(
     blank = k_ME.new_empty if index is None else k_ME.new_zeros
     k = blank(batch, kv_heads, new, width)
     rotate_heads(
-        k_ME, k, tables, source_R=None, token_R=token_M, heads=kv_heads, groups=1,
+        k_ME, k, tables, source_R=None, token_R=token_M, heads=kv_heads,
         place_R=(token_M // new * kv_heads * new + token_M % new) * width,
-        strides=(new * width, 0), norm=_norm(attention, family.k_norm, family.norm_eps),
+        stride=new * width, norm=_norm(attention, family.k_norm, family.norm_eps),
     )  # fmt: skip
     if index is not None:
         v_ME = v_ME.new_zeros(batch * new, v_ME.shape[1]).index_copy_(0, index, v_ME)
@@ -88,43 +88,29 @@ def attend(
         return None
     u_NH, kept_N, counts = kept
     grid = Grid(kept_N, counts, new, plain=mask_rows.plain, dtype=u_NH.dtype)
+    length = grid.longest
     q_NE = attention.q_proj(u_NH).contiguous()
     heads = q_NE.shape[1] // width
-    groups = heads // kv_heads
-    length = grid.longest
-    q = q_NE.new_empty(batch, heads * length, width)
+    q = q_NE.new_empty(batch, heads, length, width)
     cell_R = torch.arange(batch * length)
-    if grid.causal:  # heads before positions: [B, K·G, L, D]
-        place_R = cell_R // length * (heads * length) + cell_R % length
-        strides = (groups * length * width, length * width)
-    else:  # one key/value head's query heads beside each other: [B, K, L·G, D]
-        place_R = cell_R // length * (heads * length) + cell_R % length * groups
-        strides = (length * groups * width, width)
     rotate_heads(
         q_NE, q, tables, source_R=grid.slots_BL.view(-1), token_R=grid.token_BL.view(-1),
-        place_R=place_R * width, heads=heads, groups=groups, strides=strides,
-        norm=_norm(attention, family.q_norm, family.norm_eps),
+        place_R=(cell_R // length * (heads * length) + cell_R % length) * width, heads=heads,
+        stride=length * width, norm=_norm(attention, family.q_norm, family.norm_eps),
     )  # fmt: skip
-    if grid.causal:
-        o = scaled_dot_product_attention(
-            q.view(batch, heads, length, width), k, v, is_causal=True,
-            scale=attention.scaling, enable_gqa=groups > 1,
-        )  # fmt: skip
-        out_NE = o.transpose(1, 2).reshape(batch * length, heads * width)
-        if grid.ragged:
-            more = kept_N.new_zeros(q_NE.shape[0] - kept_N.shape[0])
-            out_NE = out_NE.index_select(0, torch.cat([kept_N, more]))
-        return attention.o_proj(out_NE)
-    q = q.view(batch, kv_heads, length * groups, width)
     target_BL = torch.where(grid.real_BL, grid.slots_BL, -1)
     out_NE = torch.empty_like(q_NE)
     out_NE[kept_N.shape[0] :].zero_()
-    for begin, end, seen, mask in grid.blocks(mask_rows, k.shape[2], groups, q.dtype):
+    options = {"scale": attention.scaling, "enable_gqa": heads != kv_heads}
+    if grid.causal:
+        o = scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+        gather_heads(o, out_NE, target_BL)
+        return attention.o_proj(out_NE)
+    for begin, end, seen, mask in grid.blocks(mask_rows, k.shape[2], q.dtype):
         o = scaled_dot_product_attention(
-            q[:, :, begin * groups : end * groups], k[:, :, :seen], v[:, :, :seen],
-            mask, scale=attention.scaling,
-        )  # fmt: skip
-        gather_heads(o, out_NE, target_BL[:, begin:end].contiguous(), groups)
+            q[:, :, begin:end], k[:, :, :seen], v[:, :, :seen], mask, **options
+        )
+        gather_heads(o, out_NE, target_BL[:, begin:end].contiguous())
     return attention.o_proj(out_NE)
 
 

@@ -1,7 +1,7 @@
 """Attention of kept tokens only, laid out for the attention function.
 
 Shapes: B batch rows, T new tokens, S keys, N kept tokens of all rows one after the other, L the
-longest row, D head width, K key/value heads, G query heads per key/value head.
+longest row, D head width, A query heads.
 
 The attention module is given the kept tokens as one sequence ``[1, N]``, so that its projections
 compute nothing for ragged padding. Row, position and causality are known only here.
@@ -23,11 +23,11 @@ from gateskip.execution.mask_rows import MaskRows
 __all__ = ["Grid", "GridAttention"]
 
 #: Queries per causal block: keys beyond a block's last query are not computed. Smaller blocks save
-#: more of the rectangle and cost more calls; bfloat16 products are too fast for small ones.
-BLOCK = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
+#: more of the rectangle and cost more calls; 16-bit products are too fast for the smallest.
+BLOCK = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
 #: Longest row, as a share of all tokens, from which on a full grid under plain causality is faster
 #: than mask rows (projections of skipped tokens are not computed either way).
-FULL = {torch.float32: 0.95, torch.bfloat16: 0.75, torch.float16: 0.75}
+FULL = {torch.float32: 0.97, torch.bfloat16: 0.8, torch.float16: 0.8}
 
 
 class Grid:
@@ -81,22 +81,20 @@ class Grid:
         self.token_BL = kept_N[self.slots_BL]
 
     def blocks(
-        self, rows: MaskRows, keys: int, groups: int, dtype: torch.dtype
+        self, rows: MaskRows, keys: int, dtype: torch.dtype
     ) -> Iterator[tuple[int, int, int, Tensor]]:
-        """(begin, end, visible keys, additive mask ``[B, 1, (end − begin)·G, keys]``) in turn.
+        """(begin, end, visible keys, additive mask ``[B, 1, end − begin, keys]``) in turn.
 
         Not for a causal grid.
 
         Args:
             rows: the mask. keys: S.
         """
-        batch = self.token_BL.shape[0]
         last_L = (self.token_BL % self.new).amax(0).tolist()
         for begin in range(0, self.longest, BLOCK[dtype]):
             end = min(begin + BLOCK[dtype], self.longest)
             seen = min(rows.past_keys + last_L[end - 1] + 1, keys)
-            token = self.token_BL[:, begin:end, None].expand(-1, -1, groups)
-            yield begin, end, seen, rows.select(token, seen).view(batch, 1, -1, seen)
+            yield begin, end, seen, rows.select(self.token_BL[:, begin:end], seen)[:, None]
 
 
 class GridAttention(TorchFunctionMode):
@@ -142,26 +140,26 @@ class GridAttention(TorchFunctionMode):
         assert attn_mask is None
         assert not is_causal
         grid = self.grid
-        (batch, longest), (heads, _, width) = grid.slots_BL.shape, query.shape[1:]
-        groups = heads // key.shape[1]
+        (batch, length), (heads, _, width) = grid.slots_BL.shape, query.shape[1:]
+        gqa = heads != key.shape[1]
         q = query[0].transpose(0, 1).index_select(0, grid.slots_BL.view(-1))
+        q_BALD = q.view(batch, length, heads, width).transpose(1, 2)
         if grid.causal:
-            q_BHTD = q.view(batch, longest, heads, width).transpose(1, 2)
-            out = scaled_dot_product_attention(
-                q_BHTD, key, value, None, dropout_p, True, scale=scale, enable_gqa=groups > 1
-            )
-            return self._flat(out.transpose(1, 2).reshape(-1, heads, width))
-        q_BKLGD = q.view(batch, longest, -1, groups, width).transpose(1, 2)
-        parts = []
-        for begin, end, seen, mask in grid.blocks(self.rows, key.shape[2], groups, query.dtype):
-            # Query heads of one key/value head become rows, which copies no key and no value.
-            block = q_BKLGD[:, :, begin:end].reshape(batch, -1, (end - begin) * groups, width)
-            out = scaled_dot_product_attention(
-                block, key[:, :, :seen], value[:, :, :seen], mask, dropout_p, False, scale=scale
-            )
-            parts.append(out.view(batch, -1, end - begin, groups, width))
-        out_BKLGD = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-        return self._flat(out_BKLGD.transpose(1, 2).reshape(batch * longest, heads, width))
+            parts = [
+                scaled_dot_product_attention(
+                    q_BALD, key, value, None, dropout_p, True, scale=scale, enable_gqa=gqa
+                )
+            ]
+        else:
+            parts = [
+                scaled_dot_product_attention(
+                    q_BALD[:, :, begin:end], key[:, :, :seen], value[:, :, :seen], mask,
+                    dropout_p, False, scale=scale, enable_gqa=gqa,
+                )
+                for begin, end, seen, mask in grid.blocks(self.rows, key.shape[2], query.dtype)
+            ]  # fmt: skip
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        return self._flat(out.transpose(1, 2).reshape(batch * length, heads, width))
 
     def _flat(self, out_CHD: Tensor) -> Tensor:
         """Real cells as one sequence ``[1, heads, N, D]``."""

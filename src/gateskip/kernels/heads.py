@@ -1,6 +1,6 @@
 """Head kernels of prefill: rotate into place, gather back.
 
-Shapes: R rows, A heads, K key/value heads, G query heads per key/value head, D head width.
+Shapes: R rows, A heads, D head width.
 """
 
 from __future__ import annotations
@@ -38,16 +38,15 @@ def _rotate(d, kind):
     thread, threads = team(d)
     x, out, cos, sin = like(d[3], kind), like(d[4], kind), like(d[5], kind), like(d[6], kind)
     source, place, token = i64_at(d[7]), i64_at(d[8]), i64_at(d[9])
-    rows, heads, groups, width = d[10], d[11], d[12], d[13]
-    stride_k, stride_g, period = d[14], d[15], d[16]
-    gamma, eps, normed = like(d[17], kind), np.float32(double_of(d[18])), d[17] != 0
+    rows, heads, width, stride, period = d[10], d[11], d[12], d[13], d[14]
+    gamma, eps, normed = like(d[15], kind), np.float32(double_of(d[16])), d[15] != 0
     half = width // 2
     for row in range(rows * thread // threads, rows * (thread + 1) // threads):
         at = (source[row] if d[7] != 0 else row) * heads * width
         table = (token[row] % period) * width
         for head in range(heads):
             base = at + head * width
-            to = place[row] + (head // groups) * stride_k + (head % groups) * stride_g
+            to = place[row] + head * stride
             inverse = np.float32(1.0)
             if normed:
                 square = np.float32(0.0)
@@ -82,19 +81,18 @@ def _rotate_f32(d):
 def _gather(d, kind):
     thread, threads = team(d)
     x, out, target = like(d[3], kind), like(d[4], kind), i64_at(d[5])
-    batch, length, keys, groups, width = d[6], d[7], d[8], d[9], d[10]
-    stride_b, stride_k, stride_l = d[11], d[12], d[13]
+    batch, length, heads, width = d[6], d[7], d[8], d[9]
+    stride_b, stride_a, stride_l = d[10], d[11], d[12]
     cells = batch * length
     for cell in range(cells * thread // threads, cells * (thread + 1) // threads):
         row = target[cell]
         if row >= 0:
             b, place = cell // length, cell % length
-            for k in range(keys):
-                for g in range(groups):
-                    at = b * stride_b + k * stride_k + (place * groups + g) * stride_l
-                    to = ((row * keys + k) * groups + g) * width
-                    for i in range(width):
-                        out[to + i] = x[at + i]
+            for head in range(heads):
+                at = b * stride_b + head * stride_a + place * stride_l
+                to = (row * heads + head) * width
+                for i in range(width):
+                    out[to + i] = x[at + i]
 
 
 @_kernel
@@ -121,8 +119,7 @@ def rotate_heads(
     place_R: Tensor,
     token_R: Tensor,
     heads: int,
-    groups: int,
-    strides: tuple[int, int],
+    stride: int,
     norm: tuple[Tensor, float] | None = None,
 ) -> None:
     """Rotary position embedding (by halves) of projected heads, written where they are needed.
@@ -132,7 +129,7 @@ def rotate_heads(
         tables: cos and sin ``[P, D]``; the row of token n is n % P.
         source_R: row of x for every output row (None: in order).
         place_R: offset of the row's first head in ``out``. token_R: flat token index of the row.
-        heads: A. groups: G; head k·G + g goes to offset k·strides[0] + g·strides[1].
+        heads: A; from one head to the next it is ``stride`` in ``out``.
         norm: (weight, eps) of an RMS norm over each head.
     """
     cos, sin = tables
@@ -141,23 +138,23 @@ def rotate_heads(
     arguments = integers(
         x_NE.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr(),
         0 if source_R is None else source_R.data_ptr(), place_R.data_ptr(), token_R.data_ptr(),
-        rows, heads, groups, width, *strides, cos.shape[0], gamma, real(eps),
+        rows, heads, width, stride, cos.shape[0], gamma, real(eps),
     )  # fmt: skip
     ROTATE(x_NE.dtype, arguments, work=max(rows // ROWS_PER_THREAD, 1))
 
 
-def gather_heads(x_BKMD: Tensor, out_NE: Tensor, target_BL: Tensor, groups: int) -> None:
-    """Attention output of a grid back to rows ``[N, K·G·D]``.
+def gather_heads(x_BALD: Tensor, out_NE: Tensor, target_BL: Tensor) -> None:
+    """Attention output of a grid back to rows ``[N, A·D]``.
 
     Args:
-        x_BKMD: M = L·G query rows per key/value head; D contiguous, other strides free.
+        x_BALD: D contiguous, other strides free.
         out_NE: written in place. target_BL: row of ``out`` per grid cell, −1 to drop it.
     """
-    batch, keys, rows, width = x_BKMD.shape
-    stride_b, stride_k, stride_l, one = x_BKMD.stride()
+    batch, heads, length, width = x_BALD.shape
+    stride_b, stride_a, stride_l, one = x_BALD.stride()
     assert one == 1
     arguments = integers(
-        x_BKMD.data_ptr(), out_NE.data_ptr(), target_BL.data_ptr(),
-        batch, rows // groups, keys, groups, width, stride_b, stride_k, stride_l,
+        x_BALD.data_ptr(), out_NE.data_ptr(), target_BL.data_ptr(),
+        batch, length, heads, width, stride_b, stride_a, stride_l,
     )  # fmt: skip
-    GATHER(x_BKMD.dtype, arguments, work=max(target_BL.numel() // ROWS_PER_THREAD, 1))
+    GATHER(x_BALD.dtype, arguments, work=max(target_BL.numel() // ROWS_PER_THREAD, 1))
