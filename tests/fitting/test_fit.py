@@ -9,13 +9,13 @@ import torch
 import gateskip
 from gateskip.data import Batch
 from gateskip.fitting.closed_loop import keep_all, measure, order_statistic
-from gateskip.fitting.observers import ScoreMoments
+from gateskip.fitting.observers import CompensationMoments, DenseOutputs, ScoreMoments
 from gateskip.fitting.passes import run_pass
 from gateskip.fitting.regression import Moments
 from gateskip.gates import GATES
 from gateskip.retrofit.attach import gated_branches
 from gateskip.skipping.state import state_of
-from models import gated, random_ids, tiny
+from models import gated, medians, random_ids, tiny
 
 TEXT = [random_ids(1, 40, seed=s) for s in range(60)]
 
@@ -111,6 +111,29 @@ def test_compensation_lowers_the_error_of_skipping(kind: str) -> None:
             with gateskip.budget(model, keep=0.7):
                 errors[compensation] = float((model(ids).logits - full).square().mean())
     assert errors[kind] < 0.8 * errors["none"]
+
+
+@torch.no_grad()
+def test_compensation_is_fitted_to_dense_outputs_on_skipped_tokens() -> None:
+    model = gated(compensation="none")
+    ids = torch.cat(TEXT[:3])
+    batch = Batch(ids, torch.ones_like(ids), torch.ones_like(ids).bool())
+    dense, moments = DenseOutputs(), CompensationMoments()
+    run_pass(model, [batch], observer=dense)
+    hidden = tiny().model(ids).last_hidden_state
+    last = model.model.norm(sum(dense.outputs.values()) + model.model.embed_tokens(ids))
+    torch.testing.assert_close(last, hidden, atol=1e-4, rtol=1e-4)  # gates left out
+    moments.dense = dense.outputs
+    thresholds = medians(model)
+    with gateskip.trace(model) as trace:
+        run_pass(model, [batch], thresholds=thresholds, observer=moments)
+    for key, masks in trace.keep.items():
+        skipped = ~masks[0]
+        skipped[:, 0] = False
+        found = moments.moments[key]
+        assert found.count == int(skipped.sum())
+        expected = dense.outputs[key][skipped].mean(0)
+        torch.testing.assert_close(found.mean_target().float(), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])

@@ -3,7 +3,7 @@ r"""``fit``: gates that rank tokens, in minutes, without training (ours).
 For each branch, ridge regression from its input u to y = log(‖o‖/‖h‖): how much the branch changes
 the residual it joins. The prediction ŷ becomes the score through z = z₀ + α·(ŷ − c) on all
 channels, with α small enough that gate values stay near σ(z₀); score scale α and a shift make
-s = ŷ. Compensation is fitted on what skipped branches would have added, with skipping on, and once
+s = ŷ. Compensation is fitted, with skipping on, to what the dense model's branch adds, and once
 more with that compensation in place, because a compensated stream is another one; each time the
 gates are fitted again to what a compensated skip loses.
 """
@@ -22,8 +22,13 @@ from gateskip.config import BranchKey, GateConfig
 from gateskip.data import Batch, count_tokens, encode, take_tokens, to_batches
 from gateskip.errors import DataError
 from gateskip.fitting.closed_loop import Allocation, closed_loop, keep_all, measure
-from gateskip.fitting.observers import CompensationMoments, ScoreMoments, Several
-from gateskip.fitting.passes import run_pass
+from gateskip.fitting.observers import (
+    CompensationMoments,
+    DenseOutputs,
+    ScoreMoments,
+    Several,
+)
+from gateskip.fitting.passes import run_pass, shown
 from gateskip.fitting.regression import Moments
 from gateskip.gates import Gate
 from gateskip.retrofit.attach import branch_module, gate_of, layers_of
@@ -101,8 +106,11 @@ def fit(
         for number in range(1, rounds + 1):
             thresholds = _thresholds(model, state, short, fit_keep)
             outputs, scores = CompensationMoments(), ScoreMoments(compensations, ungated=False)
-            run_pass(model, batches, thresholds=thresholds, observer=Several(outputs, scores),
-                     title=title(f"Fitting compensation, {number} of {rounds}"))  # fmt: skip
+            for batch in shown(batches, title(f"Fitting compensation, {number} of {rounds}")):
+                dense = DenseOutputs()
+                run_pass(model, [batch], observer=dense)
+                outputs.dense = dense.outputs
+                run_pass(model, [batch], thresholds=thresholds, observer=Several(outputs, scores))
             if compensations:
                 _write_gates(modules, scores.moments, state.config)
             compensations = _write_compensation(modules, outputs.moments, state)

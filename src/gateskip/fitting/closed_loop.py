@@ -27,6 +27,10 @@ __all__ = ["Allocation", "Measured", "closed_loop", "measure"]
 
 Floats = NDArray[np.float64]
 
+#: Exponent of the saved MACs in "harm per cost", e^{2s} / MACs^w. If harm were the squared change
+#: of the stream, w = 1 would be right; measured, large changes hurt more (docs/log.md).
+COST_WEIGHT = 0.5
+
 
 class _Scores:
     """Collects scores and, as the recorder, what was kept."""
@@ -58,9 +62,9 @@ class Allocation:
     """How a budget is split over branches.
 
     Attributes:
-        name: ``"global"``: one threshold θ on 2·s − log(MACs a skip saves), or on s where cost is
-            not weighed; ``"uniform"``: every branch keeps the same share.
-        offsets: log(MACs saved) per branch, or zeros.
+        name: ``"global"``: one threshold θ on 2·s − w·log(MACs a skip saves), or on s where cost
+            is not weighed; ``"uniform"``: every branch keeps the same share.
+        offsets: w/2·log(MACs saved) per branch, or zeros.
     """
 
     name: str
@@ -74,7 +78,9 @@ class Allocation:
         return cls(
             name,
             {
-                branch: 0.5 * math.log(max(saved_macs(costs[branch], keys), 1.0)) if weigh else 0.0
+                branch: COST_WEIGHT / 2 * math.log(max(saved_macs(costs[branch], keys), 1.0))
+                if weigh
+                else 0.0
                 for branch in state.branches
             },
         )

@@ -14,7 +14,7 @@ from gateskip.fitting.regression import Moments
 from gateskip.skipping.call import Call
 from gateskip.skipping.compensation import Compensation
 
-__all__ = ["CompensationMoments", "ScoreMoments", "Several"]
+__all__ = ["CompensationMoments", "DenseOutputs", "ScoreMoments", "Several"]
 
 
 def log_ratio(h_NH: Tensor, o_NH: Tensor) -> Tensor:
@@ -48,19 +48,41 @@ class ScoreMoments:
         self.moments[key].add(u_NH, log_ratio(h_NH, o_NH)[:, None])
 
 
+class DenseOutputs:
+    """Every branch's outputs in the dense model, for one batch."""
+
+    ungated = True
+
+    def __init__(self) -> None:
+        self.outputs: dict[BranchKey, Tensor] = {}
+
+    def branch(
+        self, key: BranchKey, h: Tensor, u: Tensor, o: Tensor, keep: Tensor, call: Call
+    ) -> None:
+        self.outputs[key] = o
+
+
 class CompensationMoments:
-    """Moments of (u, o) per branch over skipped tokens."""
+    """Moments of (u, o) per branch over skipped tokens.
+
+    u is the branch's input as skipping made it, o the output that the dense model has there: the
+    compensation then also corrects some of what earlier skips changed.
+
+    Attributes:
+        dense: outputs of the batch that comes next.
+    """
 
     ungated = False
 
     def __init__(self) -> None:
         self.moments: dict[BranchKey, Moments] = {}
+        self.dense: dict[BranchKey, Tensor] = {}
 
     def branch(
         self, key: BranchKey, h: Tensor, u: Tensor, o: Tensor, keep: Tensor, call: Call
     ) -> None:
         at = flat_valid(call, ~keep)
-        u_NH, o_NH = (t.flatten(0, 1).index_select(0, at) for t in (u, o))
+        u_NH, o_NH = (t.flatten(0, 1).index_select(0, at) for t in (u, self.dense[key]))
         if key not in self.moments:
             self.moments[key] = Moments(u.shape[-1], u.shape[-1])
         self.moments[key].add(u_NH, o_NH)

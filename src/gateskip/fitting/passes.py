@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, N valid tokens, H hidden.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from gateskip.data import Batch
 from gateskip.skipping.call import Call
 from gateskip.skipping.state import override, state_of
 
-__all__ = ["Observer", "flat_valid", "run_pass"]
+__all__ = ["Observer", "flat_valid", "run_pass", "shown"]
 
 
 class Observer(Protocol):
@@ -44,6 +44,11 @@ def flat_valid(call: Call, mask_BT: Tensor | None = None) -> Tensor:
     if mask_BT is not None:
         wanted = wanted & mask_BT
     return wanted.flatten().nonzero()[:, 0]
+
+
+def shown(batches: Sequence[Batch], title: str | None) -> Iterable[Batch]:
+    """The batches, under a progress bar where there is a title."""
+    return track(batches, description=title, transient=True) if title else batches
 
 
 @contextlib.contextmanager
@@ -76,9 +81,8 @@ def run_pass(
     state = state_of(model)
     decoder = model.get_submodule(state.family.decoder)
     device = next(decoder.parameters()).device
-    shown = track(batches, description=title, transient=True) if title else batches
     with eval_mode(model), override(state, thresholds=thresholds, **override_fields):
-        for batch in shown:
+        for batch in shown(batches, title):
             decoder(
                 input_ids=batch.ids.to(device),
                 attention_mask=batch.mask.to(device),
