@@ -55,6 +55,13 @@ def info(
         f"LM head {shape.macs_lm_head / 1e6:.1f} M more."
     )
     console.print(_table(rows))
+    from gateskip import kernels
+
+    hint = (
+        "" if kernels.available() else "; pip install gateskip[cpu] makes skipping on a CPU faster"
+    )
+    console.print(f"Before training, fitted gates cost as little as scalar ones. CPU kernels: "
+                  f"{kernels.backend()}{hint}.")  # fmt: skip
     result = {
         "model_type": model_type,
         "layers": shape.layers,
@@ -63,6 +70,7 @@ def info(
         "decoder_macs": shape.dense_macs(context),
         "lm_head_macs": shape.macs_lm_head,
         "gates": rows,
+        "kernels": kernels.backend(),
     }
     write_json(json, result)
 
