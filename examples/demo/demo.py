@@ -50,7 +50,7 @@ def main() -> None:
     clock = time.perf_counter()
     table = gateskip.calibrate(
         model, fitting[1::2], tokenizer, max_tokens=12_000, progress=True,
-        grid=(0.97, 0.93, 0.88, 0.82, 0.75, 0.65, 0.55, 0.42, 0.3),
+        grid=(0.97, 0.93, 0.88, 0.82, 0.75, 0.65, 0.55, 0.42, 0.32, 0.25),
     )  # fmt: skip
     console.print(
         f"Calibrated in {time.perf_counter() - clock:.0f} s: every budget from compute=1 down to "

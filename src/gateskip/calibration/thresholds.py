@@ -18,7 +18,7 @@ from gateskip.skipping.state import state_of
 
 __all__ = ["calibrate"]
 
-GRID = (0.98, 0.95, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3)
+GRID = (0.98, 0.95, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.32, 0.25)
 MINIMUM_TOKENS = 1_000
 
 
