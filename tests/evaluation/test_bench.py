@@ -91,6 +91,26 @@ def test_arms_alternate(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rounds[1] == list(reversed(rounds[2])), "no arm always comes first"
 
 
+def test_compiled_dense(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda m, **kw: compile_(m, backend="eager", **kw))
+    found = run_bench(model, random_ids(1, 8), budgets=[], new_tokens=2, repeats=1, masked=False)
+    assert [r["arm"] for r in found["rows"]] == [
+        "dense_eager", "dense_compiled", "gated_compacted"
+    ] * 2  # fmt: skip
+
+    def broken(*_: Any, **__: Any) -> Any:
+        def fail(**_: Any) -> None:
+            raise RuntimeError("no C++ compiler\ndetails")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    found = run_bench(model, random_ids(1, 8), budgets=[], new_tokens=2, repeats=1, masked=False)
+    assert {r["arm"] for r in found["rows"]} == {"dense_eager", "gated_compacted"}
+    assert sum("torch.compile failed: no C++ compiler" in n for n in found["header"]["notes"]) == 2
+
+
 def test_the_model_is_left_as_it_was(model: Any, result: dict[str, Any]) -> None:
     assert len(model.model._forward_pre_hooks) == 1
     assert state_of(model).default_budget is None

@@ -51,7 +51,7 @@ class _Arm:
     def active(self, model: nn.Module) -> Iterator[Any]:
         if self.name.startswith("dense"):
             with dense(model):
-                yield self.compiled or model
+                yield model if self.compiled is None else self.compiled
             return
         mode = "masked" if self.name == "gated_masked" else "compacted"
         with override(state_of(model), budget=self.budget), execution(model, mode):
