@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import gateskip
+from gateskip import kernels
 from gateskip.data import Batch
 from gateskip.fitting.closed_loop import keep_all, measure, order_statistic
 from gateskip.fitting.observers import CompensationMoments, DenseOutputs, ScoreMoments
@@ -156,6 +157,19 @@ def test_calibration_realises_what_it_says(allocation: str) -> None:
             model(torch.cat(TEXT))
         for masks in trace.keep.values():
             assert masks[0].float().mean() == pytest.approx(0.7, abs=0.05)
+
+
+@torch.no_grad()
+def test_a_fitted_model_decodes_on_the_kernels() -> None:
+    if not kernels.available():
+        pytest.skip("numba is not installed")
+    model = gateskip.attach(tiny(), gateskip.GateConfig(rank=4, compensation_rank=8))
+    gateskip.fit(model, TEXT[:40])
+    gateskip.calibrate(model, TEXT, grid=(0.8, 0.6))
+    with gateskip.budget(model, keep=0.7):
+        cache = model(TEXT[0][:, :8], use_cache=True).cache
+        model(TEXT[0][:, 8:9], cache=cache, use_cache=True)
+    assert all("_gateskip_plans" in vars(layer) for layer in model.model.layers)
 
 
 def test_ties_never_skip_more_than_asked() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -132,6 +133,40 @@ def test_plans_follow_what_changes() -> None:
     assert len(calls) == 4, "a hook was not called"
     handle.remove()
     check()
+
+
+@torch.no_grad()
+def test_copies_make_their_own_plans_and_detach_leaves_none() -> None:
+    model = gated(compensation="low_rank")
+    ids = random_ids(1, 12)
+    thresholds = medians(model)
+    expected, _ = outputs(model, ids, None, thresholds)
+    other = copy.deepcopy(model)
+    for layer in other.model.layers:
+        layer.mlp.down_proj.weight.zero_()
+    changed, _ = outputs(other, ids, None, thresholds)
+    assert not torch.equal(changed[1], expected[1])
+    again, _ = outputs(model, ids, None, thresholds)
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+    with torch.inference_mode():
+        inferred, _ = outputs(model, ids, None, thresholds)
+    assert all(torch.equal(a, b) for a, b in zip(inferred, expected, strict=True))
+    gateskip.detach(model)
+    for layer in model.model.layers:
+        assert not [name for name in vars(layer) if "gateskip" in name]
+
+
+@torch.no_grad()
+def test_autocast_goes_without_kernels() -> None:
+    model = gated(compensation="low_rank")
+    ids = random_ids(1, 12)
+    thresholds = medians(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not kernels.supported(torch.zeros(1))
+        found, _ = outputs(model, ids, None, thresholds)
+        with kernels.using("torch"):
+            expected, _ = outputs(model, ids, None, thresholds)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @torch.no_grad()

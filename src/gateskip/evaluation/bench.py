@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -321,19 +322,28 @@ def _header(command: str, notes: list[str], repeats: int) -> dict[str, Any]:
 
 
 def print_bench(result: dict[str, Any], console: Console) -> None:
-    """A readable table of :func:`run_bench`'s result."""
-    table = Table(title="Speed against the dense model of the same run")
-    for column in ("phase", "dtype", "arm", "budget", "skipped", "time", "speed-up", "efficiency"):
-        table.add_column(column, justify="left" if column in ("phase", "dtype", "arm") else "right")
+    """A readable table per phase and dtype of :func:`run_bench`'s result."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
-        budget = (
-            f"keep {row['keep']:g}" if row["keep"] is not None else f"compute {row['compute']:g}"
-        )
-        table.add_row(
-            row["phase"], row["dtype"], row["arm"], "" if "dense" in row["arm"] else budget,
-            f"{row['skip_rate']:.1%}", f"{row['seconds_median'] * 1e3:.0f} ms",
-            f"{row['speedup_vs_dense']:.2f}×", f"{row['efficiency']:.2f}",
-        )  # fmt: skip
-    console.print(table)
+        groups.setdefault((row["phase"], row["dtype"]), []).append(row)
+    for (phase, dtype), rows in groups.items():
+        first = rows[0]
+        size = f"{first['batch']} × {first['prompt_tokens']}"
+        if phase == "decode":
+            size = f"{first['new_tokens']} tokens after {first['prompt_tokens']}"
+        table = Table(title=f"{phase}, {dtype}, {size}", title_justify="left", box=SIMPLE)
+        for column in ("arm", "budget", "skipped", "time", "speed-up", "efficiency"):
+            justify: Any = "left" if column == "arm" else "right"
+            table.add_column(column, justify=justify, no_wrap=True)
+        for row in rows:
+            name, value = ("keep", row["keep"])
+            if value is None:
+                name, value = "compute", row["compute"]
+            table.add_row(
+                row["arm"], "" if "dense" in row["arm"] else f"{name} {value:g}",
+                f"{row['skip_rate']:.1%}", f"{row['seconds_median'] * 1e3:.0f} ms",
+                f"{row['speedup_vs_dense']:.2f}×", f"{row['efficiency']:.2f}",
+            )  # fmt: skip
+        console.print(table)
     for note in result["header"]["notes"]:
         console.print(note, style="dim", markup=False)

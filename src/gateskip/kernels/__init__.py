@@ -72,7 +72,7 @@ def using(name: str) -> Iterator[None]:
 
 
 def supported(t: Tensor) -> bool:
-    """Whether kernels may read ``t``: a plain, contiguous CPU tensor, and no graph is recorded."""
+    """Whether kernels may read ``t``: a plain, contiguous CPU tensor, no graph and no autocast."""
     return (
         t.device.type == "cpu"
         and t.dtype in (torch.bfloat16, torch.float32)
@@ -80,5 +80,6 @@ def supported(t: Tensor) -> bool:
         and type(t) is Tensor
         and t.is_contiguous()
         and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
         and backend() == "numba"
     )

@@ -142,7 +142,8 @@ def uninstall(model: nn.Module, family: FamilySpec, wiring: Wiring) -> None:
     suspend(model, family, wiring)
     decoder = decoder_of(model, family)
     for layer in layers_of(model, family):
-        vars(layer).pop("_gateskip_layer", None)
+        for name in [name for name in vars(layer) if name.startswith("_gateskip")]:
+            del vars(layer)[name]
         for kind in ("attention", "mlp"):
             module = branch_module(layer, family, kind)
             for name in (GATE_NAME, "skip_compensation"):

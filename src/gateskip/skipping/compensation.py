@@ -21,9 +21,10 @@ class Compensation(nn.Module):
 
     def __init__(self, bias_H: Tensor, down_RH: Tensor | None = None, up_HR: Tensor | None = None):
         super().__init__()
-        self.bias = nn.Parameter(bias_H)
-        self.down = None if down_RH is None else nn.Parameter(down_RH)
-        self.up = None if up_HR is None else nn.Parameter(up_HR)
+        # Contiguous: the kernels read rows, and a solver's result is often transposed.
+        self.bias = nn.Parameter(bias_H.contiguous())
+        self.down = None if down_RH is None else nn.Parameter(down_RH.contiguous())
+        self.up = None if up_HR is None else nn.Parameter(up_HR.contiguous())
 
     @property
     def constant(self) -> bool:
@@ -44,7 +45,8 @@ class Compensation(nn.Module):
         """
         like = (self.bias, out_NH, u_MH)
         if not all(kernels.supported(t.detach()) and t.dtype == out_NH.dtype for t in like):
-            return out_NH.index_add_(0, index_M, self(u_MH)[: index_M.shape[0]])
+            added = self(u_MH)[: index_M.shape[0]]
+            return out_NH.index_add_(0, index_M, added.to(out_NH.dtype))  # autocast gives another
         from gateskip.kernels.rows import add_rows_
 
         c_MH = None

@@ -4,4 +4,4 @@ from gateskip.retrofit.families.spec import FamilySpec
 
 __all__ = ["FAMILY"]
 
-FAMILY = FamilySpec(model_type="mistral")
+FAMILY = FamilySpec(model_type="mistral", fused_attention=True, fused_mlp=True)

@@ -4,4 +4,6 @@ from gateskip.retrofit.families.spec import FamilySpec
 
 __all__ = ["FAMILY"]
 
-FAMILY = FamilySpec(model_type="qwen3", q_norm="q_norm", k_norm="k_norm")
+FAMILY = FamilySpec(
+    model_type="qwen3", q_norm="q_norm", k_norm="k_norm", fused_attention=True, fused_mlp=True
+)

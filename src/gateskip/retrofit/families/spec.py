@@ -38,8 +38,8 @@ class FamilySpec:
     norm_eps: str = "variance_epsilon"
     q_norm: str | None = None
     k_norm: str | None = None
-    fused_attention: bool = True
-    fused_mlp: bool = True
+    fused_attention: bool = False
+    fused_mlp: bool = False
 
     def shape(self, model: nn.Module) -> ModelShape:
         """Sizes for the cost formulas, read from the model's config."""
