@@ -64,7 +64,7 @@ def main() -> None:
     ids = text_ids(heldout, tokenizer, (4, 512 + 24), 5)
     speed = run_bench(
         model, ids, budgets=budgets, new_tokens=24, repeats=5, compiled=False, masked=False,
-        name=name, command="make demo", progress=True,
+        name=Path(name).name, command="make demo", progress=True,
     )  # fmt: skip
     show(console, rows, speed)
     result = {"quality": [dataclasses.asdict(row) for row in rows], "speed": speed}
