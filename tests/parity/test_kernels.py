@@ -170,6 +170,17 @@ def test_autocast_goes_without_kernels() -> None:
 
 
 @torch.no_grad()
+def test_float64_compacts_too() -> None:
+    model = gated(compensation="low_rank", dtype=torch.float64)
+    ids = random_ids(2, 14)
+    with override(state_of(model), thresholds=medians(model)):
+        found = model(ids).logits
+        with gateskip.execution(model, "masked"):
+            expected = model(ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_bfloat16_rows_are_rounded_up_and_counted() -> None:
     cpu = torch.device("cpu")
     expected = {0: 0, 16: 16, 17: 32, 600: 608, 1030: 1056}

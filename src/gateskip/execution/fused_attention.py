@@ -67,7 +67,11 @@ def attend(
     u_valid, index = valid
     cos, sin = (t.reshape(-1, t.shape[-1]).to(u_valid.dtype).contiguous() for t in inputs.cos_sin)
     tables = (cos, sin)
-    k_ME, v_ME = attention.k_proj(u_valid).contiguous(), attention.v_proj(u_valid)
+    # Kernels read raw memory: whatever a projection returns must be of the stream's dtype.
+    k_ME, v_ME = (
+        project(u_valid).to(u_valid.dtype).contiguous()
+        for project in (attention.k_proj, attention.v_proj)
+    )
     kv_heads = k_ME.shape[1] // width
     token_M = torch.arange(batch * new) if index is None else index
     blank = k_ME.new_empty if index is None else k_ME.new_zeros
@@ -75,7 +79,7 @@ def attend(
     rotate_heads(
         k_ME, k, tables, source_R=None, token_R=token_M, heads=kv_heads,
         place_R=(token_M // new * kv_heads * new + token_M % new) * width,
-        stride=new * width, norm=_norm(attention, family.k_norm, family.norm_eps),
+        stride=new * width, norm=_norm(attention, family.k_norm, family, k.dtype),
     )  # fmt: skip
     if index is not None:
         v_ME = v_ME.new_zeros(batch * new, v_ME.shape[1]).index_copy_(0, index, v_ME)
@@ -89,14 +93,14 @@ def attend(
     u_NH, kept_N, counts = kept
     grid = Grid(kept_N, counts, new, plain=mask_rows.plain, dtype=u_NH.dtype)
     length = grid.longest
-    q_NE = attention.q_proj(u_NH).contiguous()
+    q_NE = attention.q_proj(u_NH).to(u_NH.dtype).contiguous()
     heads = q_NE.shape[1] // width
     q = q_NE.new_empty(batch, heads, length, width)
     cell_R = torch.arange(batch * length)
     rotate_heads(
         q_NE, q, tables, source_R=grid.slots_BL.view(-1), token_R=grid.token_BL.view(-1),
         place_R=(cell_R // length * (heads * length) + cell_R % length) * width, heads=heads,
-        stride=length * width, norm=_norm(attention, family.q_norm, family.norm_eps),
+        stride=length * width, norm=_norm(attention, family.q_norm, family, q.dtype),
     )  # fmt: skip
     target_BL = torch.where(grid.real_BL, grid.slots_BL, -1)
     out_NE = torch.empty_like(q_NE)
@@ -114,8 +118,10 @@ def attend(
     return attention.o_proj(out_NE)
 
 
-def _norm(attention: nn.Module, name: str | None, eps: str) -> tuple[Tensor, float] | None:
+def _norm(
+    attention: nn.Module, name: str | None, family: FamilySpec, dtype: torch.dtype
+) -> tuple[Tensor, float] | None:
     if name is None:
         return None
     norm = getattr(attention, name)
-    return norm.weight, float(getattr(norm, eps))
+    return norm.weight.detach().to(dtype), float(getattr(norm, family.norm_eps))

@@ -55,7 +55,7 @@ class Grid:
     ) -> None:
         self.new, self.longest = new, max(counts)
         device = kept_N.device
-        self.causal = plain and self.longest >= FULL[dtype] * new
+        self.causal = plain and self.longest >= FULL.get(dtype, FULL[torch.float32]) * new
         if self.causal:
             cells = len(counts) * new
             self.longest = new
@@ -91,8 +91,9 @@ class Grid:
             rows: the mask. keys: S.
         """
         last_L = (self.token_BL % self.new).amax(0).tolist()
-        for begin in range(0, self.longest, BLOCK[dtype]):
-            end = min(begin + BLOCK[dtype], self.longest)
+        block = BLOCK.get(dtype, BLOCK[torch.float32])
+        for begin in range(0, self.longest, block):
+            end = min(begin + block, self.longest)
             seen = min(rows.past_keys + last_L[end - 1] + 1, keys)
             yield begin, end, seen, rows.select(self.token_BL[:, begin:end], seen)[:, None]
 

@@ -56,9 +56,9 @@ class _Plan:
             self.versions.append((t, t._version))
             self.tensors.append((t, t.data_ptr()))
         a, b, c, width, self.alike, keep_alive = _gate_matrices(gate, hidden)
-        threads = max(torch.get_num_threads(), 1)
-        self.scratch = torch.empty(0)
-        self.threads, self.hidden = threads, hidden
+        self.hidden = hidden
+        self.inner = 0  # of an MLP
+        self.sizes = (0, 0, 0)  # of an attention: query heads, key/value heads, head width
         comp = compensation_of(module)
         self.members.append((module._modules, "skip_compensation", comp))
         comp_a = comp_b = comp_c = rank = 0
@@ -156,7 +156,7 @@ def _mlp_plan(layer: nn.Module, family: FamilySpec) -> _Plan | None:
         return None
     inner = mlp.gate_proj.weight.shape[0]
     plan.arguments([int(plan.alike), wg, wu, wd, inner, 0])
-    plan.inner = inner  # type: ignore[attr-defined]
+    plan.inner = inner
     return plan
 
 
@@ -192,7 +192,7 @@ def _attention_plans(layer: nn.Module, family: FamilySpec) -> tuple[_Plan, _Plan
         int(attend.alike), 0, 0, 0, 0, heads, heads // kv, width, 0, 0, 0, 0,
         _real(attention.scaling), 0, 0, 0, wo, bo,
     ])  # fmt: skip
-    project.sizes = (heads, kv, width)  # type: ignore[attr-defined]
+    project.sizes = (heads, kv, width)
     return project, attend
 
 
@@ -262,7 +262,7 @@ def _attention(
     from gateskip.kernels.token import ATTEND, PROJECT
 
     key = (index, "attention")
-    heads, kv, width = project.sizes  # type: ignore[attr-defined]
+    heads, kv, width = project.sizes
     arguments, out, flag, scratch = _start(project, call, key, h)
     cos, sin = (t.to(h.dtype).contiguous() for t in kwargs["position_embeddings"])
     q = torch.empty(heads * width)
@@ -307,7 +307,7 @@ def _mlp(call: Call, index: int, h: Tensor, plan: _Plan) -> Tensor:
     from gateskip.kernels.token import MLP
 
     key = (index, "mlp")
-    inner: int = plan.inner  # type: ignore[attr-defined]
+    inner = plan.inner
     arguments, out, flag, _scratch = _start(plan, call, key, h)
     act = torch.empty(inner)
     arguments[26] = act.data_ptr()

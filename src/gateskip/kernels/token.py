@@ -39,11 +39,9 @@ _jit: Any = njit(fastmath=FAST, error_model="numpy", cache=True)
 _inner: Any = njit(fastmath=FAST, error_model="numpy")
 _kernel: Any = cfunc(ARGUMENTS, cache=True)
 
-# Arguments 3 to 19 are the same in all kernels; FIELDS names them for the caller.
-FIELDS = (
-    "h", "out", "score_w", "score_b", "eps", "threshold", "gamma", "kept", "scratch",
-    "gate_a", "gate_b", "gate_c", "gate_width", "comp_a", "comp_b", "comp_c", "comp_rank", "hidden",
-)  # fmt: skip
+# Arguments 3 to 20 are the same in all kernels: 3 h, 4 out, 5 score_w, 6 score_b, 7 eps,
+# 8 threshold, 9 gamma, 10 kept, 11 scratch, 12 gate_a, 13 gate_b, 14 gate_c, 15 gate_width,
+# 16 comp_a, 17 comp_b, 18 comp_c, 19 comp_rank, 20 hidden.
 
 
 @_inner
