@@ -21,7 +21,7 @@ from gateskip.execution.fused_mlp import run_mlp
 from gateskip.execution.grid import Grid, GridAttention
 from gateskip.execution.inputs import AttentionInputs, flat_positions, grid_of
 from gateskip.execution.rounding import rounded_rows
-from gateskip.execution.token import token_layer
+from gateskip.execution.token import NO, YES, token_layer
 from gateskip.gates import Gate
 from gateskip.retrofit.families import FamilySpec
 from gateskip.skipping.call import Call
@@ -91,13 +91,9 @@ class _Branch:
         w_H, b = scaled_vector(gate, self.norm)
         score = single_score(h_11H.detach().view(-1), w_H, b, self.eps)
         kept = score >= call.thresholds[self.key] or call.protected_BT is not None
-        keep_BT = _YES if kept else _NO
+        keep_BT = YES if kept else NO
         call.keep[self.key] = keep_BT
         return keep_BT
-
-
-_YES = torch.ones(1, 1, dtype=torch.bool)
-_NO = torch.zeros(1, 1, dtype=torch.bool)
 
 
 def layer_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -180,7 +176,7 @@ def _attention_single(
     call, gate = branch.call, branch.gate
     layer, attention = branch.key[0], branch.module
     assert gate is not None
-    if keep is _YES or bool(keep):
+    if keep is YES or bool(keep):
         u = branch.norm(h)
         writer = CacheWriter(inputs.cache, 1, 1) if copies else None
         o = attention(hidden_states=u, **inputs.whole(writer or inputs.cache))[0]
@@ -350,7 +346,7 @@ def _mlp(branch: _Branch, h: Tensor, *, owned: bool) -> Tensor:
         return _finish_whole(branch, h, u, branch.module(u), keep)
     assert gate is not None
     if call.single:
-        if keep is _YES or bool(keep):
+        if keep is YES or bool(keep):
             u = branch.norm(h)
             return join(h, branch.module(u), u, gate)
         call.computed[branch.key] = torch.zeros(1, dtype=torch.int64)

@@ -27,7 +27,7 @@ from gateskip.skipping.call import Call
 from gateskip.skipping.compensation import compensation_of
 from gateskip.skipping.score import scaled_vector
 
-__all__ = ["token_layer"]
+__all__ = ["NO", "YES", "token_layer"]
 
 YES = torch.ones(1, 1, dtype=torch.bool)
 NO = torch.zeros(1, 1, dtype=torch.bool)
