@@ -19,11 +19,13 @@ if TYPE_CHECKING:
         DataError,
         GateSkipError,
         OutputError,
+        TrainingError,
         UnsupportedError,
     )
     from gateskip.execution.api import attach, budget, detach, execution, set_budget, trace
     from gateskip.execution.checkpoint import load, save
     from gateskip.fitting.closed_form import FitReport, fit
+    from gateskip.training import GateSkipTrainer, GateSkipTrainingConfig
 
 __version__ = "0.1.0"
 
@@ -37,7 +39,10 @@ __all__ = [
     "FitReport",
     "GateConfig",
     "GateSkipError",
+    "GateSkipTrainer",
+    "GateSkipTrainingConfig",
     "OutputError",
+    "TrainingError",
     "UnsupportedError",
     "attach",
     "budget",
@@ -60,6 +65,7 @@ _HOMES = {
     ),
     "gateskip.execution.checkpoint": ("load", "save"),
     "gateskip.fitting.closed_form": ("FitReport", "fit"),
+    "gateskip.training": ("GateSkipTrainer", "GateSkipTrainingConfig"),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

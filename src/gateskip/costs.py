@@ -132,7 +132,7 @@ def branch_cost(
     kind = "scalar" if alike else config.kind
     gate = gate_macs(kind, shape.hidden, config.rank) if gated else 0
     # The paper's importance needs the whole gate for every token; the mean logit one dot product.
-    decision = 0 if not gated else gate if config.importance == "mean_gate" else shape.hidden
+    decision = {"mean_gate": gate, "random": 0}.get(config.importance, shape.hidden) if gated else 0
     comp = compensation_macs(config.compensation, shape.hidden, config.compensation_rank)
     kv = shape.macs_kv if attention and config.kv_source == "project" else 0
     return BranchCost(

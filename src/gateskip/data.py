@@ -18,7 +18,16 @@ from torch import Tensor
 
 from gateskip.errors import DataError
 
-__all__ = ["Batch", "Sample", "encode", "read_texts", "split_samples", "take_tokens", "to_batches"]
+__all__ = [
+    "Batch",
+    "Sample",
+    "encode",
+    "read_rows",
+    "read_texts",
+    "split_samples",
+    "take_tokens",
+    "to_batches",
+]
 
 ROW_SHAPES = "'text', 'prompt' and 'completion', or 'messages'"
 
@@ -73,6 +82,35 @@ def read_texts(path: str | Path) -> list[Any]:
             rows.append(row)
     if not rows:
         raise DataError(f"data={str(path)!r} has no rows.")
+    return rows
+
+
+def read_rows(source: str | Path) -> list[Any]:
+    """Rows of a file, or of a dataset by its hub name or folder, ``NAME`` or ``NAME:SPLIT``.
+
+    Raises:
+        DataError: neither is there, or a row of unknown shape.
+    """
+    if Path(source).is_file() or Path(source).suffix in (".jsonl", ".json", ".txt"):
+        return read_texts(source)
+    name, _, split = str(source).partition(":")
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DataError(
+            f"data={str(source)!r} is not a file; datasets by name need gateskip[train]."
+        ) from error
+    try:
+        rows = list(load_dataset(name, split=split or "train"))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(
+            f"data={str(source)!r} is neither a file nor a dataset that loads ({reason})."
+        ) from error
+    for index, row in enumerate(rows):
+        _check_row(row, f"{source}, row {index + 1}")
+    if not rows:
+        raise DataError(f"data={str(source)!r} has no rows.")
     return rows
 
 

@@ -9,7 +9,8 @@
     ├── BudgetError            (ValueError)   out of range, below the floor, not calibrated
     ├── DataError              (ValueError)   malformed, empty or too little data
     ├── CheckpointError                       a damaged, foreign or too new checkpoint
-    └── OutputError            (OSError)      an output that exists already or cannot be written
+    ├── OutputError            (OSError)      an output that exists already or cannot be written
+    └── TrainingError                         training cannot go on; what was saved stays
 
 A message names the argument, its value and the remedy.
 """
@@ -22,6 +23,7 @@ __all__ = [
     "DataError",
     "GateSkipError",
     "OutputError",
+    "TrainingError",
     "UnsupportedError",
 ]
 
@@ -56,3 +58,7 @@ class CheckpointError(GateSkipError):
 
 class OutputError(GateSkipError, OSError):
     """An output that exists already or cannot be written."""
+
+
+class TrainingError(GateSkipError):
+    """Training cannot go on, as with a loss that is not a number; what was saved stays."""

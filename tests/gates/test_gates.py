@@ -99,7 +99,7 @@ def test_set_direction(kind: str) -> None:
 
 @every_kind
 def test_decision_vector_follows_every_change(kind: str) -> None:
-    gate = built(kind)
+    gate = built(kind).eval()
     first, shift = gate.decision_vector()
     assert not first.requires_grad
     assert gate.decision_vector()[0] is first, "cached"
@@ -205,3 +205,34 @@ def test_single_score_is_branch_score(kind: str) -> None:
         expected, _ = branch_score(h, layer_norm, eps, gate, "mean_logit")
         single = single_score(h.view(-1), w * layer_norm.weight.float(), b, eps)
         assert single == pytest.approx(float(expected), abs=1e-5, rel=1e-5)
+
+
+def test_scores_follow_a_fused_optimiser() -> None:
+    """PyTorch's fused optimisers change weights without counting up their versions."""
+    from gateskip.retrofit.attach import gate_of, gated_branches
+    from gateskip.skipping.score import branch_score
+    from gateskip.skipping.state import state_of
+    from models import gated, random_ids
+
+    model, h = gated(), torch.randn(1, 5, 64)
+    state = state_of(model)
+    module = gated_branches(model, state.family)[(0, "attention")]
+    gate, norm = gate_of(module), model.model.layers[0].input_layernorm
+    optimizer = torch.optim.AdamW([*gate.parameters(), norm.weight], lr=0.1, fused=True)
+
+    def check() -> None:
+        with torch.no_grad():
+            found, _ = branch_score(h, norm, norm.variance_epsilon, gate, "mean_logit")
+            expected = gate.logits(norm(h)).mean(-1)
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(gate(norm(h)), gate.logits(norm(h)).sigmoid())
+
+    check()
+    for _ in range(2):
+        model.train()
+        check()
+        (model(random_ids(2, 8)).logits.square().mean() + gate(norm(h)).sum()).backward()
+        optimizer.step()
+        check()
+    model.eval()
+    check()

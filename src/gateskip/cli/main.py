@@ -15,6 +15,7 @@ from gateskip.cli.explain import explain
 from gateskip.cli.fit import fit
 from gateskip.cli.generate import generate
 from gateskip.cli.info import info
+from gateskip.cli.train import train
 from gateskip.errors import GateSkipError
 
 __all__ = ["app", "main"]
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 for _name, _command in (
     ("fit", fit),
+    ("train", train),
     ("calibrate", calibrate),
     ("generate", generate),
     ("eval", evaluate),

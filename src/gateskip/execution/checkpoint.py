@@ -9,24 +9,35 @@ import torch
 from torch import Tensor, nn
 
 from gateskip.config import Budget, GateConfig
-from gateskip.errors import CheckpointError
+from gateskip.errors import CheckpointError, UnsupportedError
 from gateskip.execution.api import attach, detach
 from gateskip.retrofit.attach import gated_branches
-from gateskip.retrofit.checkpoint import read_checkpoint, write_checkpoint
+from gateskip.retrofit.checkpoint import read_backbone, read_checkpoint, write_checkpoint
 from gateskip.retrofit.fingerprint import check_fingerprint
-from gateskip.skipping.compensation import Compensation, set_compensation
+from gateskip.retrofit.lora import Factors, joined, live_factors, load_live, merge
+from gateskip.skipping.compensation import Compensation, compensation_of, set_compensation
 from gateskip.skipping.policy import ThresholdTable
 from gateskip.skipping.state import state_of
 
 __all__ = ["load", "save"]
 
 
-def save(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> None:
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    overwrite: bool = True,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write gates, compensation, thresholds and the default budget; not the base model.
+
+    What training changed in the backbone is written too: LoRA as its factors, merged or not, a
+    backbone trained in full as its weights.
 
     Args:
         path: folder; files of other names in it are kept.
         overwrite: False refuses a folder that exists and is not empty.
+        dtype: store compensation and LoRA in this dtype; gates stay float32.
 
     Raises:
         AttachError: not gated. OutputError: in the way or not writable; nothing is lost then.
@@ -40,16 +51,28 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> None:
             child = module._modules.get(part)
             if child is not None:
                 for name, tensor in child.state_dict().items():
-                    tensors[f"{layer}.{kind}.{part}.{name}"] = tensor
+                    gate = part == "skip_gate"
+                    tensors[f"{layer}.{kind}.{part}.{name}"] = _stored(tensor, dtype, gate)
+    for name, pair in joined(state.tuned, live_factors(model)).items():
+        for factor, tensor in zip(("down", "up"), pair, strict=True):
+            tensors[f"lora.{name}.{factor}"] = _stored(tensor, dtype, False)
+    backbone: dict[str, Tensor] | None = None
+    if state.backbone_trained:
+        backbone = {n: p for n, p in model.named_parameters() if ".skip_" not in n}
     config = {
         "gateskip_version": __version__,
         "gate": state.config.to_json(),
         "base": state.base,
         "fitted": state.fitted,
+        "backbone_trained": state.backbone_trained,
         "policy": None if state.policy is None else state.policy.to_json(),
         "budget": None if state.default_budget is None else state.default_budget.to_json(),
     }
-    write_checkpoint(path, config, tensors, overwrite=overwrite)
+    write_checkpoint(path, config, tensors, overwrite=overwrite, backbone=backbone)
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype | None, gate: bool) -> Tensor:
+    return tensor if gate or dtype is None else tensor.to(dtype)
 
 
 def load(
@@ -94,9 +117,12 @@ def load(
                 f"base model {name!r} could not be loaded ({error}); pass base=."
             ) from error
     check_fingerprint(base_info, model, str(folder))
+    tuned = _take_factors(tensors)
+    backbone = read_backbone(folder) if config.get("backbone_trained") else None
     attach(model, gate)
     try:
-        _fill(model, config, tensors, str(folder))
+        fill(model, config, tensors, str(folder))
+        _tune(model, tuned, backbone, str(folder))
     except BaseException:
         detach(model)
         raise
@@ -117,7 +143,68 @@ def _folder(path: str | Path) -> Path:
         ) from error
 
 
-def _fill(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], where: str) -> None:
+def _take_factors(tensors: dict[str, Tensor]) -> Factors:
+    """Move the backbone's factors out of a checkpoint's tensors."""
+    names = {n.removeprefix("lora.").rpartition(".")[0] for n in tensors if n.startswith("lora.")}
+    try:
+        return {
+            n: (tensors.pop(f"lora.{n}.down"), tensors.pop(f"lora.{n}.up")) for n in sorted(names)
+        }
+    except KeyError as error:
+        raise CheckpointError(f"tensor {error} is missing; save again.") from error
+
+
+def _tune(model: nn.Module, tuned: Factors, backbone: dict[str, Tensor] | None, where: str) -> None:
+    """Bring the backbone to where training left it."""
+    state = state_of(model)
+    merge(model, tuned)
+    state.tuned = tuned
+    if backbone is None:
+        return
+    mine = {n: p for n, p in model.named_parameters() if ".skip_" not in n}
+    if mine.keys() != backbone.keys():
+        name = next(iter(mine.keys() ^ backbone.keys()))
+        raise CheckpointError(f"{where}: backbone weight {name!r} is missing or unknown.")
+    with torch.no_grad():
+        for name, weight in mine.items():
+            if weight.shape != backbone[name].shape or not weight.is_floating_point():
+                raise CheckpointError(f"{where}: backbone weight {name!r} does not fit.")
+            weight.copy_(backbone[name])
+    state.backbone_trained = True
+
+
+def restore(model: nn.Module, path: str | Path) -> dict[str, Any]:
+    """Bring a gated model, with LoRA layers or without, to a checkpoint of itself.
+
+    Returns:
+        The checkpoint's config.
+
+    Raises:
+        CheckpointError: damaged, or of another configuration.
+    """
+    config, tensors = read_checkpoint(Path(path))
+    state = state_of(model)
+    theirs, mine = config.get("gate"), state.config.to_json()
+    if theirs != mine:
+        names = [k for k in mine if not isinstance(theirs, dict) or theirs.get(k) != mine[k]]
+        raise CheckpointError(f"{path} was made with another gate config ({', '.join(names)}).")
+    tuned = _take_factors(tensors)
+    if state.tuned:
+        raise UnsupportedError("LoRA was merged before; restore into a freshly loaded model.")
+    if tuned:
+        load_live(model, tuned)
+    fill(model, config, tensors, str(path))
+    if config.get("backbone_trained"):
+        _tune(model, {}, read_backbone(Path(path)), str(path))
+    return config
+
+
+def fill(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], where: str) -> None:
+    """Write a checkpoint's gates, compensation, thresholds and budget into a gated model.
+
+    Raises:
+        CheckpointError: a tensor is missing, misshapen or unknown.
+    """
     state = state_of(model)
     left = dict(tensors)
     for (layer, kind), module in gated_branches(model, state.family).items():
@@ -137,7 +224,7 @@ def _fill(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], 
             n: left.pop(f"{prefix}skip_compensation.{n}", None) for n in ("bias", "down", "up")
         }
         if parts["bias"] is not None:
-            set_compensation(module, Compensation(parts["bias"], parts["down"], parts["up"]))
+            _fill_compensation(module, parts)
             state.compensated = True
     if left:
         raise CheckpointError(f"{where}: unknown tensor {next(iter(left))!r}; upgrade gateskip.")
@@ -148,3 +235,22 @@ def _fill(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], 
     if budget is not None:
         state.resolve(budget)
         state.default_budget = budget
+
+
+def _fill_compensation(module: nn.Module, parts: dict[str, Tensor | None]) -> None:
+    """Into the parameters that are there, which an optimiser may hold, or new ones."""
+    bias = parts["bias"]
+    assert bias is not None
+    there = compensation_of(module)
+    fits = there is not None and all(
+        (getattr(there, name) is None) == (tensor is None)
+        and (tensor is None or getattr(there, name).shape == tensor.shape)
+        for name, tensor in parts.items()
+    )
+    if not fits:
+        set_compensation(module, Compensation(bias, parts["down"], parts["up"]))
+        return
+    with torch.no_grad():
+        for name, tensor in parts.items():
+            if tensor is not None:
+                getattr(there, name).copy_(tensor)

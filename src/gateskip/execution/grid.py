@@ -103,11 +103,12 @@ class GridAttention(TorchFunctionMode):
 
     Args:
         grid: the kept tokens' layout. rows: the mask.
+        padding: rows beyond the kept tokens that the module was given; they attend to nothing.
     """
 
-    def __init__(self, grid: Grid, rows: MaskRows) -> None:
+    def __init__(self, grid: Grid, rows: MaskRows, padding: int = 0) -> None:
         super().__init__()
-        self.grid, self.rows = grid, rows
+        self.grid, self.rows, self.padding = grid, rows, padding
         self.ran = False
 
     def __torch_function__(
@@ -166,4 +167,6 @@ class GridAttention(TorchFunctionMode):
         """Real cells as one sequence ``[1, heads, N, D]``."""
         if self.grid.ragged:
             out_CHD = out_CHD.index_select(0, self.grid.real_BL.view(-1).nonzero()[:, 0])
+        if self.padding:
+            out_CHD = torch.nn.functional.pad(out_CHD, (0, 0, 0, 0, 0, self.padding))
         return out_CHD.transpose(0, 1)[None]

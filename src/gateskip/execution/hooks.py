@@ -64,7 +64,6 @@ def decoder_hook(
         past=int(cache.get_seq_length()) if cache is not None else 0,
         attention_mask=kwargs.get("attention_mask"),
         position_ids=kwargs.get("position_ids"),
-        training=decoder.training,
         device=tokens.device,
         # Only a ledger asks; under a graph gates compute every channel.
         alike=over.recorder is not None

@@ -20,7 +20,7 @@ from gateskip.execution.fused_attention import attend, takes_kernels
 from gateskip.execution.fused_mlp import run_mlp
 from gateskip.execution.grid import Grid, GridAttention
 from gateskip.execution.inputs import AttentionInputs, flat_positions, grid_of
-from gateskip.execution.rounding import rounded_rows
+from gateskip.execution.rounding import repeated, rounded_rows
 from gateskip.execution.token import NO, YES, token_layer
 from gateskip.gates import Gate
 from gateskip.retrofit.families import FamilySpec
@@ -29,7 +29,13 @@ from gateskip.skipping.compensation import compensation_of
 from gateskip.skipping.join import join, join_at
 from gateskip.skipping.key_values import CacheWriter, flat_tokens, project_kv
 from gateskip.skipping.masked import masked_join
-from gateskip.skipping.score import branch_score, normed_at, scaled_vector, single_score
+from gateskip.skipping.score import (
+    branch_score,
+    normed_at,
+    random_score,
+    scaled_vector,
+    single_score,
+)
 
 __all__ = ["layer_forward"]
 
@@ -59,6 +65,8 @@ class _Branch:
     def decide(self, h_BTH: Tensor) -> Tensor | None:
         """The keep mask, or None where nobody can be skipped."""
         call = self.call
+        if call.objective is not None and self.gate is not None:
+            call.objective.branch(self.key, self.gate, self.norm(h_BTH.detach()).detach(), call)
         if self.gate is None or not call.decides or self.fixed:
             return None
         if self.key in call.keep:
@@ -68,6 +76,8 @@ class _Branch:
         if call.single and plain:
             return self._decide_single(h_BTH)
         # A hard decision has no gradient; without a graph, recomputation can replay it as it is.
+        if importance == "random":
+            return call.decide(self.key, random_score(call.visible_keys(), self.key, call.seed))
         with torch.no_grad():
             score_BT, self.inverse = branch_score(h_BTH, self.norm, self.eps, self.gate, importance)
         return call.decide(self.key, score_BT)
@@ -219,15 +229,20 @@ def _attention_compacted(
             call.kv[layer] = writer.written
         return join(h, o, u, gate)
     skip = (~keep & call.everyone()).flatten().nonzero()[:, 0]
-    u_skip = None if copies and branch.compensation is None else branch.input_at(flat, skip)
+    rounded = torch.is_grad_enabled() and skip.shape[0] > 0
+    u_skip = None
+    if not copies or branch.compensation is not None:
+        u_skip = branch.input_at(flat, skip, rounded=rounded)
     if copies:
         k, v = call.kv[layer - 1]
         fill = (flat_tokens(k, skip), flat_tokens(v, skip))
     else:
         assert u_skip is not None
         cos, sin = inputs.tables(call.batch)
-        tables = cos.index_select(0, skip), sin.index_select(0, skip)
-        fill = project_kv(attention, u_skip, *tables, branch.family.k_norm)
+        where, n = repeated(skip, u_skip.shape[0]), skip.shape[0]
+        tables = cos.index_select(0, where), sin.index_select(0, where)
+        k, v = project_kv(attention, u_skip, *tables, branch.family.k_norm)
+        fill = k[:n], v[:n]
     out = flat.clone()
     run = _attend_flat if _takes_flat(attention, call) else _attend_grid
     writer, o, u = run(branch, flat, inputs, keep, kept, (skip, fill))
@@ -280,22 +295,29 @@ def _attend_flat(
     branch: _Branch, flat: Tensor, inputs: AttentionInputs, keep: Tensor, kept: Tensor, fill: _Fill
 ) -> _Attended:
     """Kept tokens of all rows as one sequence; returns (writer, o [M, H], u [M, H])."""
-    call, layer = branch.call, branch.key[0]
+    call, layer, n = branch.call, branch.key[0], kept.shape[0]
+    rounded = torch.is_grad_enabled() and n > 0
+    u = branch.input_at(flat, kept, rounded=rounded)
+    padding = u.shape[0] - n
     writer = CacheWriter(
-        inputs.cache, call.batch, call.new, kept_N=kept, fill_N=fill[0], fill=fill[1]
-    )
+        inputs.cache, call.batch, call.new, kept_N=kept, fill_N=fill[0], fill=fill[1],
+        slots_N=torch.arange(n, device=kept.device) if padding else None,
+    )  # fmt: skip
     counts = keep.sum(1)
     call.computed[branch.key] = counts
-    if kept.shape[0] == 0:
+    if n == 0:
         writer.update(None, None, layer)
         return writer, None, flat[:0]
-    u = branch.input_at(flat, kept)
+    call.padding[branch.key] = padding
     mask_rows = inputs.mask_rows(call, layer)
     assert mask_rows is not None
     grid = Grid(kept, counts.tolist(), call.new, plain=mask_rows.plain, dtype=flat.dtype)
-    with GridAttention(grid, mask_rows):
-        o = branch.module(hidden_states=u[None], **inputs.flat_queries(writer, kept, call.batch))[0]
-    return writer, o[0], u
+    where = repeated(kept, u.shape[0])
+    with GridAttention(grid, mask_rows, padding):
+        o = branch.module(hidden_states=u[None], **inputs.flat_queries(writer, where, call.batch))[
+            0
+        ]
+    return writer, o[0, :n], u[:n]
 
 
 def _attend_grid(

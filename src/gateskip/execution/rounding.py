@@ -9,14 +9,26 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["rounded_rows"]
+__all__ = ["repeated", "rounded_rows"]
 
 EXACT = 16
 
 
 def rounded_rows(rows: int, dtype: torch.dtype, device: torch.device) -> int:
-    """``rows``, rounded up by at most a thirty-second (or by 15) where shapes are expensive."""
+    """``rows``, rounded up by at most a thirty-second (or by 15) where shapes are expensive.
+
+    Where a graph is recorded by at most a sixteenth: a backward pass has three times the shapes.
+    """
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
     if device.type != "cpu" or dtype == torch.float32 or rows <= EXACT:
         return rows
-    step = max(EXACT, (1 << (rows.bit_length() - 1)) // 32)
+    parts = 16 if torch.is_grad_enabled() else 32
+    step = max(EXACT, (1 << (rows.bit_length() - 1)) // parts)
     return -(-rows // step) * step
+
+
+def repeated(index_M: torch.Tensor, rows: int) -> torch.Tensor:
+    """``index_M`` with its last entry repeated up to ``rows`` entries."""
+    more = rows - index_M.shape[0]
+    return index_M if more <= 0 else torch.cat((index_M, index_M[-1:].expand(more)))

@@ -46,6 +46,7 @@ class _Plan:
         self.tensors: list[tuple[Tensor, int]] = []
         self.versions: list[tuple[Tensor, int]] = []
         self.hooks: list[dict[Any, Any]] = []
+        self.gate, self.generation = gate, gate.generation
         self.dtype = self._parameter(norm, "weight").dtype
         self._quiet(norm)
         self._quiet(module)
@@ -105,7 +106,8 @@ class _Plan:
     def holds(self) -> bool:
         """Whether every address is still right and nobody listens."""
         return (
-            not any(self.hooks)
+            self.gate.generation == self.generation
+            and not any(self.hooks)
             and all(place.get(name) is what for place, name, what in self.members)
             and all(t.data_ptr() == address for t, address in self.tensors)
             and all(t._version == version for t, version in self.versions)

@@ -41,6 +41,8 @@ class Gate(nn.Module, ABC):
         self.register_buffer("score_shift", torch.zeros((), dtype=torch.float32))
         self._decision_cache: tuple[Any, Tensor, float] | None = None
         self._alike_cache: tuple[Any, tuple[Tensor, float] | None] | None = None
+        #: Grows when anything derived from the weights may be out of date.
+        self.generation = 0
 
     @classmethod
     @abstractmethod
@@ -71,7 +73,7 @@ class Gate(nn.Module, ABC):
         """(w [H], b) with z = w·u + b on every channel, or None; cached until a weight changes."""
         parts = list(self.parameters(recurse=False))
         stamp = tuple((p._version, p.data_ptr()) for p in parts)
-        if self._alike_cache is None or self._alike_cache[0] != stamp:
+        if self.training or self._alike_cache is None or self._alike_cache[0] != stamp:
             with torch.no_grad():
                 found = None
                 if self.channels_alike():
@@ -103,15 +105,26 @@ class Gate(nn.Module, ABC):
         """Detached :meth:`decision_weights`, cached until a weight changes."""
         parts = [*self.parameters(recurse=False), self.score_scale, self.score_shift]
         stamp = tuple((p._version, p.data_ptr()) for p in parts)
-        if self._decision_cache is None or self._decision_cache[0] != stamp:
+        if self.training or self._decision_cache is None or self._decision_cache[0] != stamp:
             with torch.no_grad():
                 w_H, b = self.decision_weights()
             self._decision_cache = (stamp, w_H.detach().contiguous(), float(b))
         return self._decision_cache[1], self._decision_cache[2]
 
+    def train(self, mode: bool = True) -> Self:
+        """As of every module. While training nothing derived from weights is cached: PyTorch's
+        fused optimisers change weights without counting up their versions."""
+        self._forget()
+        return super().train(mode)
+
+    def _forget(self) -> None:
+        self._decision_cache = self._alike_cache = None
+        vars(self).pop("_scaled", None)
+        self.generation += 1
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow device moves but never dtype changes."""
-        self._decision_cache = self._alike_cache = None
+        self._forget()
 
         def moved(t: Tensor) -> Tensor:
             out = fn(t)

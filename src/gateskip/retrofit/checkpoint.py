@@ -20,10 +20,11 @@ from torch import Tensor
 from gateskip.config import SCHEMA_VERSION
 from gateskip.errors import CheckpointError, OutputError
 
-__all__ = ["check_output_folder", "read_checkpoint", "write_checkpoint"]
+__all__ = ["check_output_folder", "read_backbone", "read_checkpoint", "write_checkpoint"]
 
 CONFIG_FILE = "gateskip_config.json"
 TENSOR_FILE = "gateskip_model.safetensors"
+BACKBONE_FILE = "gateskip_backbone.safetensors"
 
 
 def check_output_folder(path: str | Path, overwrite: bool) -> None:
@@ -39,9 +40,16 @@ def check_output_folder(path: str | Path, overwrite: bool) -> None:
 
 
 def write_checkpoint(
-    path: str | Path, config: dict[str, Any], tensors: dict[str, Tensor], *, overwrite: bool
+    path: str | Path,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    *,
+    overwrite: bool,
+    backbone: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write both files into folder ``path``; other files there are kept.
+    """Write both files, and the weights of a backbone trained in full, into folder ``path``.
+
+    Other files there are kept.
 
     Raises:
         OutputError: in the way, or not writable; what was there stays whole.
@@ -52,18 +60,26 @@ def write_checkpoint(
     temporary: Path | None = None
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        flat = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
-        save_file(flat, temporary / TENSOR_FILE, metadata={"format": "pt"})
+        names = [TENSOR_FILE, CONFIG_FILE]
+        _save_tensors(tensors, temporary / TENSOR_FILE)
+        if backbone is not None:
+            _save_tensors(backbone, temporary / BACKBONE_FILE)
+            names.insert(0, BACKBONE_FILE)
         text = json.dumps({"schema_version": SCHEMA_VERSION} | config, indent=2)
         (temporary / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         path.mkdir(exist_ok=True)
-        for name in (TENSOR_FILE, CONFIG_FILE):
+        for name in names:
             os.replace(temporary / name, path / name)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"path={str(path)!r} could not be written: {error}.") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    flat = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
+    save_file(flat, path, metadata={"format": "pt"})
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -87,8 +103,18 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{path / CONFIG_FILE} has schema_version {version}, newer than {SCHEMA_VERSION}; "
             "upgrade gateskip."
         )
+    return config, _load_tensors(path / TENSOR_FILE)
+
+
+def read_backbone(path: Path) -> dict[str, Tensor]:
+    """Weights of a backbone that was trained in full. Raises CheckpointError."""
+    if not (path / BACKBONE_FILE).is_file():
+        raise CheckpointError(f"path={str(path)!r} has no {BACKBONE_FILE}; save again.")
+    return _load_tensors(path / BACKBONE_FILE)
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        tensors = load_file(path / TENSOR_FILE)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path / TENSOR_FILE} is damaged ({error}); save again.") from error
-    return config, tensors
+        raise CheckpointError(f"{path} is damaged ({error}); save again.") from error

@@ -47,7 +47,6 @@ class Call:
         past: int,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        training: bool,
         device: torch.device,
         alike: bool = False,
     ) -> None:
@@ -62,8 +61,9 @@ class Call:
         self.observer = over.observer
         self.recorder = over.recorder
         self.scores = over.scores
+        self.objective = over.objective
         self.forced = next(over.forced) if over.forced is not None else None
-        self.masked = (over.execution or ("masked" if training else "compacted")) == "masked"
+        self.masked = over.execution == "masked"
         if self.observer is not None:
             self.masked = True
         self.keep: dict[BranchKey, Tensor] = {}
@@ -76,6 +76,11 @@ class Call:
         one = batch == 1 and new == 1 and self.valid_BT is None
         # Elsewhere than on a CPU a Python decision would wait for the device at every branch.
         self.single = one and device.type == "cpu"
+
+    @property
+    def seed(self) -> int:
+        """Seed of the gates' config."""
+        return self.state.config.seed
 
     @property
     def decides(self) -> bool:

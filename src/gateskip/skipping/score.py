@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from gateskip import kernels
+from gateskip.config import BranchKey
 from gateskip.gates import Gate
 
-__all__ = ["branch_score", "normed_at", "scaled_vector"]
+__all__ = ["branch_score", "normed_at", "random_score", "scaled_vector", "single_score"]
 
 
 def branch_score(
@@ -57,7 +58,7 @@ def scaled_vector(gate: Gate, norm: nn.Module) -> tuple[Tensor, float]:
     weight = cast(Tensor, norm.weight)
     stamp = (w_H.data_ptr(), weight.data_ptr(), weight._version)
     cached = vars(gate).get("_scaled")
-    if cached is None or cached[0] != stamp:
+    if gate.training or cached is None or cached[0] != stamp:
         # The decision vector is kept alive here, so its address cannot be given to another.
         cached = (stamp, (w_H * weight.detach().float()).contiguous(), w_H)
         vars(gate)["_scaled"] = cached
@@ -84,6 +85,22 @@ def normed_at(
     u_MH: Tensor = norm(h_NH if index_M is None else h_NH.index_select(0, index_M))
     more = rows - u_MH.shape[0]
     return nn.functional.pad(u_MH, (0, 0, 0, more)) if more else u_MH
+
+
+def random_score(place_BT: Tensor, key: BranchKey, seed: int) -> Tensor:
+    """A score in [0, 1) that knows nothing of the token: a hash of its place and the branch.
+
+    The same in prefill and decoding, alone or in a batch, so it is a null in every execution.
+
+    Args:
+        place_BT: the token's place among the valid ones of its sequence, int64 ``[B, T]``.
+    """
+    salt = (seed * 2 + (key[1] == "mlp")) * 1_000_003 + key[0] * 7_919
+    x = (place_BT + salt) & 0x7FFFFFFF
+    for factor in (0x45D9F3B, 0x119DE1F3):  # multiply-xorshift rounds on 31 bits
+        x = ((x ^ (x >> 16)) * factor) & 0x7FFFFFFF
+    x = x ^ (x >> 16)
+    return (x & 0xFFFFFF).float() / float(1 << 24)
 
 
 def _linear_score(h_BTH: Tensor, eps: float, scaled_H: Tensor, b: Tensor | float) -> Tensor:

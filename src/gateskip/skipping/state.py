@@ -35,6 +35,10 @@ class GateSkipState:
         self.default_budget: Budget | None = None
         self.fitted = False
         self.compensated = False
+        #: Changes of the backbone that training merged into its weights, as low-rank factors.
+        self.tuned: dict[str, tuple[Tensor, Tensor]] = {}
+        #: Whether the backbone was trained in full, so that its weights are saved as well.
+        self.backbone_trained = False
         self.base: dict[str, Any] = {}
         self.branches: tuple[BranchKey, ...] = tuple(
             (layer, kind) for layer in range(shape.layers) for kind in config.branches
@@ -92,6 +96,7 @@ class Override:
         observer: receives every branch's tensors (fitting); implies masked execution.
         scores: receives every branch's scores (calibration).
         forced: decisions to replay, one mapping per coming call.
+        objective: receives every gate and its input (training), as ``branch(key, gate, u, call)``.
     """
 
     budget: Budget | None = None
@@ -101,6 +106,7 @@ class Override:
     observer: Any = None
     scores: Any = None
     forced: Iterator[Mapping[BranchKey, Tensor]] | None = None
+    objective: Any = None
 
 
 _OVERRIDES: contextvars.ContextVar[Mapping[GateSkipState, Override]] = contextvars.ContextVar(

@@ -1,0 +1,138 @@
+"""Low-rank changes of the backbone: read from PEFT's layers, kept as factors, merged into weights.
+
+A trained backbone is saved as its factors beside the gates, and merged when it is loaded, so that
+inference pays nothing for it. Shapes: O output and I input features, R rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gateskip.errors import CheckpointError, UnsupportedError
+
+__all__ = ["Factors", "joined", "live_factors", "load_live", "merge", "merge_live", "without_lora"]
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""Module name to (down [R, I], up [O, R]); the change of its weight is up · down."""
+
+ADAPTER = "default"
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+            yield name, module
+
+
+def live_factors(model: nn.Module) -> Factors:
+    """The factors of PEFT's LoRA layers in ``model``, scaling folded into ``up``.
+
+    Raises:
+        UnsupportedError: a variant that is no sum of a weight and two factors (DoRA, embeddings).
+    """
+    found: Factors = {}
+    for name, module in _lora_layers(model):
+        adapters = list(module.lora_A)
+        if getattr(module, "lora_variant", None) or len(module.lora_embedding_A):
+            raise UnsupportedError(
+                f"{name} has a LoRA variant that gateskip cannot save; use plain LoRA on linear "
+                "layers (use_dora=False)."
+            )
+        for adapter in adapters:
+            down = module.lora_A[adapter].weight.detach()
+            up = module.lora_B[adapter].weight.detach() * float(module.scaling[adapter])
+            found = joined(found, {name: (down, up)})
+    return found
+
+
+def load_live(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Write factors back into the LoRA layers that they came from (resuming a training).
+
+    Raises:
+        CheckpointError: other layers, or another rank.
+    """
+    layers = dict(_lora_layers(model))
+    if layers.keys() != factors.keys():
+        name = next(iter(layers.keys() ^ factors.keys()))
+        raise CheckpointError(f"the checkpoint has other LoRA layers ({name}); use its options.")
+    with torch.no_grad():
+        for name, (down, up) in factors.items():
+            module = layers[name]
+            (adapter,) = module.lora_A
+            mine = module.lora_A[adapter].weight
+            if mine.shape != down.shape:
+                raise CheckpointError(
+                    f"the checkpoint has LoRA rank {down.shape[0]} at {name}, this training "
+                    f"{mine.shape[0]}; use its options."
+                )
+            mine.copy_(down)
+            module.lora_B[adapter].weight.copy_(up / float(module.scaling[adapter]))
+
+
+def joined(first: Factors, second: Mapping[str, tuple[Tensor, Tensor]]) -> Factors:
+    """The sum of two changes, as factors."""
+    out = dict(first)
+    for name, (down, up) in second.items():
+        if name in out:
+            a, b = out[name]
+            down = torch.cat((a, down.to(a)))
+            up = torch.cat((b, up.to(b)), 1)
+        out[name] = (down, up)
+    return out
+
+
+def merge(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Add the change to the weights, in float32, rounded once.
+
+    Raises:
+        CheckpointError: no such module, or another shape. UnsupportedError: quantised weights.
+    """
+    for name, (down, up) in factors.items():
+        try:
+            weight = model.get_submodule(name).weight
+        except AttributeError as error:
+            raise CheckpointError(f"the backbone's change names {name!r}, not in it.") from error
+        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+            raise UnsupportedError(
+                f"{name} is quantised, so the trained change cannot be merged into it; load "
+                "without quantization_config and quantise afterwards."
+            )
+        if weight.shape != (up.shape[0], down.shape[1]):
+            raise CheckpointError(f"the change of {name} has another shape than its weight.")
+        with torch.no_grad():
+            change = up.to(weight.device).float() @ down.to(weight.device).float()
+            weight.copy_((weight.float() + change).to(weight.dtype))
+
+
+def merge_live(model: nn.Module) -> Factors:
+    """Merge PEFT's LoRA layers and put the plain layers back; returns their factors."""
+    factors = {n: (d.float().cpu(), u.float().cpu()) for n, (d, u) in live_factors(model).items()}
+    for name, module in list(_lora_layers(model)):
+        parent, _, child = name.rpartition(".")
+        base = module.base_layer
+        # PEFT froze it; a model without adapters is trainable, as it was loaded.
+        base.requires_grad_(base.weight.is_floating_point())
+        setattr(model.get_submodule(parent), child, base)
+    merge(model, factors)
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        vars(model).pop(attribute, None)
+    return factors
+
+
+@contextlib.contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """Run with the LoRA layers switched off within the block."""
+    layers = [module for _, module in _lora_layers(model)]
+    before = [module._disable_adapters for module in layers]
+    for module in layers:
+        module._disable_adapters = True
+    try:
+        yield
+    finally:
+        for module, value in zip(layers, before, strict=True):
+            module._disable_adapters = value

@@ -1,0 +1,126 @@
+"""What is trained: gates, compensation, and the backbone frozen, by LoRA or in full."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from gateskip.errors import ConfigError, UnsupportedError
+from gateskip.gates import Gate
+from gateskip.retrofit.attach import gated_branches, layers_of
+from gateskip.retrofit.lora import joined, live_factors, merge_live
+from gateskip.skipping.compensation import Compensation, set_compensation
+from gateskip.skipping.state import state_of
+from gateskip.training.config import GateSkipTrainingConfig
+
+__all__ = ["finish", "parts", "prepare"]
+
+
+def parts(model: nn.Module) -> dict[str, set[int]]:
+    """ids of the parameters of ``"gates"`` and ``"compensation"``."""
+    return {
+        name: {
+            id(p)
+            for module in model.modules()
+            if isinstance(module, kind)
+            for p in module.parameters(recurse=False)
+        }
+        for name, kind in (("gates", Gate), ("compensation", Compensation))
+    }
+
+
+def prepare(model: nn.Module, config: GateSkipTrainingConfig) -> None:
+    """Freeze, add LoRA layers, and make small trained parts float32, in place.
+
+    Raises:
+        UnsupportedError: a quantised backbone in full. ConfigError: PEFT is not installed.
+    """
+    state = state_of(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if config.backbone == "lora":
+        _add_lora(model, config)
+    elif config.backbone == "full":
+        _free(model)
+        state.backbone_trained = True
+    gates = config.arm == "gateskip"
+    for module in gated_branches(model, state.family).values():
+        for child in module.children():
+            if isinstance(child, Gate):
+                for parameter in child.parameters():
+                    parameter.requires_grad_(gates and config.train_gates)
+            elif isinstance(child, Compensation):
+                # bfloat16 would round small updates away.
+                child.float()
+                for parameter in child.parameters():
+                    parameter.requires_grad_(gates and config.train_compensation)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(
+            "nothing is trained: there is no compensation yet (call gateskip.fit first), and "
+            "gates and backbone are frozen."
+        )
+
+
+def _free(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if ".skip_" in name:
+            continue
+        if not parameter.is_floating_point():
+            raise UnsupportedError(
+                f"{name} is quantised; backbone='full' cannot train it, use backbone='lora'."
+            )
+        parameter.requires_grad_(True)
+    dtype = next(model.parameters()).dtype
+    if dtype in (torch.bfloat16, torch.float16):
+        warnings.warn(
+            f"a {str(dtype).removeprefix('torch.')} backbone loses small updates to rounding; "
+            "load it with dtype='float32' and pass bf16=True to the training arguments.",
+            stacklevel=3,
+        )
+
+
+def _add_lora(model: nn.Module, config: GateSkipTrainingConfig) -> None:
+    if live_factors(model):
+        return  # the user brought their own
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ConfigError("backbone='lora' needs PEFT: pip install gateskip[train].") from error
+    state = state_of(model)
+    names = sorted(
+        {
+            name
+            for layer in layers_of(model, state.family)
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+    )
+    options: Any = {
+        "r": config.lora_rank,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": names,
+    }
+    inject_adapter_in_model(LoraConfig(**options), model)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:  # bfloat16 would round small updates away
+            parameter.data = parameter.data.float()
+
+
+def finish(model: nn.Module) -> None:
+    """After training: LoRA merged into the weights, compensation in the model's dtype.
+
+    The model computes what it did, without LoRA's cost; saving it writes the factors.
+    """
+    state = state_of(model)
+    if live_factors(model):
+        state.tuned = joined(state.tuned, merge_live(model))
+    for module in gated_branches(model, state.family).values():
+        for child in list(module.children()):
+            if isinstance(child, Compensation):
+                set_compensation(module, child)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())

@@ -1,0 +1,108 @@
+"""What a user can choose about training. Knows nothing of torch or of models."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, Self
+
+from gateskip.config import one_of
+from gateskip.errors import ConfigError
+
+__all__ = ["GateSkipTrainingConfig"]
+
+BACKBONES = ("frozen", "lora", "full")
+UNITS = ("compute", "keep")
+SCHEDULES = ("linear", "sampled")
+ARMS = ("gateskip", "control")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class GateSkipTrainingConfig:
+    """How gates, compensation and backbone are trained.
+
+    Attributes:
+        backbone: ``"frozen"``, ``"lora"`` (PEFT, every linear layer of the decoder layers) or
+            ``"full"``.
+        lora_rank, lora_alpha, lora_dropout: of the LoRA layers.
+        penalty: λ of the gates' penalty (arXiv 2510.13876, eq. 3: mean squared gate value).
+        train_gates: False leaves the gates as they are (as fitted).
+        train_compensation: False leaves the compensation as it is.
+        gate_learning_rate, compensation_learning_rate: None takes the trainer's learning rate.
+        distill: share d of the loss that is KL(dense ‖ gated) at labelled positions; the rest is
+            cross-entropy. The dense model is the one before training, without gates.
+        budget_unit: ``"compute"`` or ``"keep"``.
+        budget_start, budget_end: the budget falls linearly from one to the other.
+        budget_steps: share of all steps over which it falls.
+        schedule: ``"linear"``: every step takes the falling budget; ``"sampled"``: a budget drawn
+            for every step between it and 1, so that one model serves all of them.
+        calibrate_every: thresholds are found again every so many steps (0: never), on the
+            trainer's ``calibration_data``.
+        arm: ``"control"`` trains the same backbone on the same data without gates and skipping.
+    """
+
+    backbone: Literal["frozen", "lora", "full"] = "lora"
+    lora_rank: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+    penalty: float = 0.0
+    train_gates: bool = False
+    train_compensation: bool = True
+    gate_learning_rate: float | None = None
+    compensation_learning_rate: float | None = None
+    distill: float = 0.0
+    budget_unit: Literal["compute", "keep"] = "compute"
+    budget_start: float = 1.0
+    budget_end: float = 0.8
+    budget_steps: float = 0.5
+    schedule: Literal["linear", "sampled"] = "linear"
+    calibrate_every: int = 0
+    arm: Literal["gateskip", "control"] = "gateskip"
+
+    def __post_init__(self) -> None:
+        one_of("backbone", self.backbone, BACKBONES)
+        one_of("budget_unit", self.budget_unit, UNITS)
+        one_of("schedule", self.schedule, SCHEDULES)
+        one_of("arm", self.arm, ARMS)
+        for name in ("budget_start", "budget_end", "budget_steps"):
+            value = getattr(self, name)
+            if not 0.0 < value <= 1.0:
+                raise ConfigError(f"{name}={value!r} must be a number in (0, 1].")
+        if self.budget_end > self.budget_start:
+            raise ConfigError(
+                f"budget_end={self.budget_end!r} is above budget_start={self.budget_start!r}; the "
+                "budget falls."
+            )
+        if not 0.0 <= self.distill <= 1.0:
+            raise ConfigError(f"distill={self.distill!r} must be a share in [0, 1].")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ConfigError(f"lora_dropout={self.lora_dropout!r} must be in [0, 1).")
+        for name in ("penalty", "gate_learning_rate", "compensation_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0.0:
+                raise ConfigError(f"{name}={value!r} must not be negative.")
+        for name, least in (("lora_rank", 1), ("lora_alpha", 1), ("calibrate_every", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name}={value!r} must be an integer of at least {least}.")
+        if self.penalty and not self.train_gates:
+            raise ConfigError(
+                f"penalty={self.penalty!r} moves nothing while train_gates=False; set one of them."
+            )
+        trains = self.backbone != "frozen" or self.train_gates or self.train_compensation
+        if not trains or (self.arm == "control" and self.backbone == "frozen"):
+            raise ConfigError(
+                "backbone='frozen' with nothing else to train; train gates, compensation or a "
+                "backbone ('lora', 'full')."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary of all fields."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Rebuild from :meth:`to_json`; ConfigError names an unknown key."""
+        known = tuple(field.name for field in dataclasses.fields(cls))
+        for key in data:
+            one_of("GateSkipTrainingConfig key", key, known)
+        return cls(**data)

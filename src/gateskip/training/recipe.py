@@ -1,0 +1,161 @@
+"""Fit → calibrate → train with skipping on → calibrate again, resumable at every point.
+
+Hard skipping before gates rank tokens destroys a model, so gates are fitted first. The paper's own
+order (arXiv 2510.13876) trains fresh gates while the budget falls: ``fit_first=False``, with
+``calibrate_every``, so that thresholds follow the gates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gateskip.calibration.thresholds import calibrate
+from gateskip.errors import CheckpointError, ConfigError
+from gateskip.execution.checkpoint import save
+from gateskip.fitting.closed_form import fit
+from gateskip.skipping.state import state_of
+from gateskip.training.config import GateSkipTrainingConfig
+from gateskip.training.dataset import make_dataset
+from gateskip.training.trainer import CONFIG_FILE, GateSkipTrainer
+
+__all__ = ["TrainReport", "last_checkpoint", "start", "train"]
+
+START = "start"
+CHECKPOINTS = "checkpoints"
+CALIBRATION_GRID = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.42, 0.35)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TrainReport:
+    """What a training did.
+
+    Attributes:
+        steps: optimiser steps, of an earlier part too. tokens: tokens trained on in this part.
+        seconds: of this part, training alone. loss: mean of the last logged steps.
+        history: everything logged. floor: lowest ``compute`` that the thresholds reach.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    loss: float
+    history: list[dict[str, float]]
+    floor: float
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint: the trainer writes its state last."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]))
+    for path in reversed(found):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            continue
+        if (path / CONFIG_FILE).is_file():
+            return path
+    return None
+
+
+def start(
+    model: nn.Module,
+    data: Any,
+    tokenizer: Any,
+    out: Path,
+    *,
+    fit_first: bool = True,
+    calibration_data: Any = None,
+    max_length: int = 512,
+    progress: bool = False,
+) -> None:
+    """Fit and calibrate a gated model, and save it under ``out`` for a training to go on from."""
+    if fit_first:
+        fit(model, data, tokenizer, max_length=max_length, progress=progress)
+    calibrate(
+        model, data if calibration_data is None else calibration_data, tokenizer,
+        max_length=max_length, grid=CALIBRATION_GRID, progress=progress,
+    )  # fmt: skip
+    save(model, out / START)
+
+
+def train(
+    model: nn.Module,
+    data: Any,
+    tokenizer: Any,
+    out: Path,
+    *,
+    arguments: Any,
+    options: GateSkipTrainingConfig,
+    calibration_data: Any = None,
+    max_length: int = 512,
+    resume: bool = False,
+    callbacks: list[Any] | None = None,
+    progress: bool = False,
+) -> TrainReport:
+    """Train a fitted and calibrated model, calibrate it again, and save it to ``out``.
+
+    Args:
+        model: as :func:`start` left it. data: training rows. calibration_data: text for the
+            thresholds; the training rows where left out.
+        arguments: Hugging Face ``TrainingArguments``; its output folder keeps the checkpoints.
+        resume: go on from the last complete checkpoint.
+
+    Raises:
+        CheckpointError: nothing to resume from, or made with other options.
+        TrainingError: the loss is not a number.
+    """
+    dataset = make_dataset(data, tokenizer, max_length)
+    texts = data if calibration_data is None else calibration_data
+    checkpoint = last_checkpoint(Path(arguments.output_dir)) if resume else None
+    samples = make_dataset(texts, tokenizer, max_length).samples
+    trainer = GateSkipTrainer(
+        model, arguments, train_dataset=dataset, gateskip_args=options, processing_class=tokenizer,
+        calibration_data=[sample.ids for sample in samples], callbacks=callbacks,
+    )  # fmt: skip
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = time.perf_counter() - began
+    model = trainer.finish()
+    history: list[dict[str, float]] = list(trainer.state.log_history)
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    policy = state_of(model).policy
+    if options.arm == "gateskip":
+        how: dict[str, Any] = {}
+        if policy is not None:
+            how = {"allocation": policy.allocation, "weigh_cost": policy.weigh_cost}
+        policy = calibrate(
+            model, texts, tokenizer, max_length=max_length, grid=CALIBRATION_GRID,
+            progress=progress, **how,
+        )  # fmt: skip
+    save(model, out)
+    return TrainReport(
+        steps=int(trainer.state.global_step),
+        tokens=trainer.tokens_seen,
+        seconds=seconds,
+        loss=losses[-1] if losses else float("nan"),
+        history=history,
+        floor=1.0 if policy is None else policy.floor("compute"),
+    )
+
+
+def check_tokenizer(tokenizer: Any, data: Any) -> None:
+    """Raise ConfigError where rows of messages meet a tokenizer without a chat template."""
+    chats = any(isinstance(row, dict) and "messages" in row for row in data)
+    if chats and not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            "data has rows of 'messages', but the tokenizer has no chat template; set "
+            "tokenizer.chat_template, or give rows of 'prompt' and 'completion'."
+        )
+
+
+def check_resume(out: Path) -> None:
+    """Raise CheckpointError unless a training began in ``out``."""
+    if not (out / START / "gateskip_config.json").is_file():
+        raise CheckpointError(
+            f"out={str(out)!r} has no training to resume; leave --resume out to begin one."
+        )

@@ -1,0 +1,359 @@
+"""``GateSkipTrainer``: Hugging Face's Trainer, with tokens really skipped while it trains.
+
+Shapes: B rows, T tokens, N labelled positions, H hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from gateskip.calibration.thresholds import calibrate
+from gateskip.config import Budget
+from gateskip.errors import CheckpointError, ConfigError, TrainingError, UnsupportedError
+from gateskip.execution.api import dense
+from gateskip.execution.checkpoint import restore, save
+from gateskip.retrofit.lora import without_lora
+from gateskip.skipping.state import override, state_of
+from gateskip.training import backbone
+from gateskip.training.config import GateSkipTrainingConfig
+from gateskip.training.dataset import Collator, TokenDataset
+from gateskip.training.objective import GatePenalty, SkipMeter, head_loss, labelled
+from gateskip.training.schedule import budget_at
+
+__all__ = ["GateSkipMixin", "GateSkipTrainer"]
+
+CONFIG_FILE = "gateskip_training.json"
+ARGUMENTS_FILE = "training_args.bin"
+#: Short: training needs thresholds near the truth, the final calibration finds them exactly.
+CALIBRATION = {"max_tokens": 4_000, "grid": (0.92, 0.84, 0.75, 0.65, 0.55, 0.45, 0.35)}
+
+
+class GateSkipMixin:
+    """Put before a Trainer's class: budget, penalty and skip rates; for TRL's trainers too.
+
+    ``class MyTrainer(GateSkipMixin, SFTTrainer)``, with ``gateskip_args=`` at construction.
+    """
+
+    gateskip_args: GateSkipTrainingConfig
+    model: Any
+    args: Any
+    state: Any
+    accelerator: Any
+
+    def __init__(
+        self,
+        model: Any = None,
+        *args: Any,
+        gateskip_args: GateSkipTrainingConfig | None = None,
+        calibration_data: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        gated = state_of(model)
+        config = gateskip_args or GateSkipTrainingConfig()
+        self.gateskip_args = config
+        self.calibration_data = calibration_data
+        if config.calibrate_every and calibration_data is None:
+            raise ConfigError(
+                f"calibrate_every={config.calibrate_every} needs calibration_data= (texts or id "
+                "tensors)."
+            )
+        self._skips = config.arm == "gateskip"
+        if self._skips and gated.policy is None:
+            warnings.warn(
+                "the model has no thresholds, so it trains at budget 1.0 and skips nothing; call "
+                "gateskip.calibrate(model, data) first.",
+                stacklevel=2,
+            )
+        elif self._skips:
+            lowest = budget_at(config, 10**9, 1, 0) if config.schedule == "linear" else Budget(
+                **{config.budget_unit: config.budget_end}
+            )  # fmt: skip
+            gated.resolve(lowest)  # below the floor: now, not in an hour
+        backbone.prepare(model, config)
+        self._meter = SkipMeter()
+        self._sums: dict[str, float] = {}
+        self._counts = 0
+        self._valid: Tensor | None = None
+        #: Valid tokens trained on by this process since it began.
+        self.tokens_seen = 0
+        super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
+        if self._teaches and getattr(self.args, "world_size", 1) > 1:
+            raise UnsupportedError("distill= works in one process only; set distill=0.")
+        self._teacher = self._copy() if self._teaches and config.backbone == "full" else None
+
+    @property
+    def _teaches(self) -> bool:
+        return self.gateskip_args.distill > 0.0
+
+    def _copy(self) -> nn.Module:
+        """The dense model before training: a backbone trained in full needs a second copy."""
+        from transformers import AutoModelForCausalLM
+
+        with dense(self.model):
+            weights = {n: p for n, p in self.model.state_dict().items() if ".skip_" not in n}
+            copy: nn.Module = AutoModelForCausalLM.from_config(
+                self.model.config, dtype=next(self.model.parameters()).dtype
+            )
+            copy.load_state_dict(weights, strict=False)
+        return copy.to(next(self.model.parameters()).device).eval().requires_grad_(False)
+
+    # -- one step ---------------------------------------------------------------------------
+
+    def current_budget(self) -> Budget:
+        """The budget of the current optimiser step."""
+        if not self._skips or state_of(self.model).policy is None:
+            return Budget(compute=1.0)
+        steps = max(int(self.state.max_steps), 1)
+        return budget_at(self.gateskip_args, self.state.global_step, steps, self.args.seed)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; also counts the valid tokens of the whole accumulated batch."""
+        samples, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        counts = [s["attention_mask"].sum() for s in samples if "attention_mask" in s]
+        self._valid = None
+        if items is not None and counts and len(counts) == len(samples):
+            valid = torch.stack([c.to(self.args.device) for c in counts]).sum()
+            if self.args.world_size > 1:
+                valid = self.accelerator.gather(valid).sum() / self.args.world_size
+            self._valid = valid
+        return samples, items
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The Trainer's loss (or, with distillation, ours), plus λ times the gates' penalty."""
+        config = self.gateskip_args
+        training = bool(model.training)
+        if training and "attention_mask" in inputs:
+            self.tokens_seen += int(inputs["attention_mask"].sum())
+        penalty = GatePenalty() if self._skips and config.penalty and training else None
+        budget = self.current_budget()
+        items = num_items_in_batch if training else None
+        with self._context(budget, penalty, training):
+            if training and self._plain():
+                found: Any = self._own_loss(inputs, items)
+                outputs = None
+            else:
+                found = super().compute_loss(  # type: ignore[misc]
+                    model, inputs, return_outputs=return_outputs,
+                    num_items_in_batch=num_items_in_batch,
+                )  # fmt: skip
+                found, outputs = found if return_outputs else (found, None)
+        if not training:
+            return (found, outputs) if return_outputs else found
+        if not math.isfinite(float(found.detach())):
+            raise TrainingError(self._not_finite(float(found.detach())))
+        if penalty is not None:
+            mean = penalty.mean(self._valid if items is not None else None)
+            self._note("gate_penalty", mean)
+            found = found + config.penalty * mean
+        self._note("budget", budget.keep or budget.compute or 1.0)
+        self._counts += 1
+        return (found, outputs) if return_outputs else found
+
+    @contextlib.contextmanager
+    def _context(self, budget: Budget, penalty: Any, training: bool) -> Iterator[None]:
+        if not self._skips:
+            with dense(self.model):
+                yield
+            return
+        meter = self._meter if training else None
+        with override(state_of(self.model), budget=budget, objective=penalty, recorder=meter):
+            yield
+
+    def _plain(self) -> bool:
+        """Whether the loss is a causal language model's own, which we compute by chunks."""
+        return False
+
+    def _own_loss(self, inputs: dict[str, Any], items: Any) -> Tensor:
+        gated = state_of(self.model)
+        labels_BT = inputs["labels"]
+        given = {k: v for k, v in inputs.items() if k != "labels"}
+        decoder, head = self.model.get_submodule(gated.family.decoder), self.model.lm_head
+        chosen_BT = labelled(labels_BT)
+        target_N = labels_BT[:, 1:][chosen_BT]
+        with self.accelerator.autocast():  # the Trainer wraps model.forward, not the decoder's
+            hidden_NH = decoder(**given, use_cache=False).last_hidden_state[:, :-1][chosen_BT]
+            teacher_NH = self._taught(given)[:, :-1][chosen_BT] if self._teaches else None
+            loss, kl = head_loss(head, hidden_NH, target_N, teacher_NH, self.gateskip_args.distill)
+        n = target_N.shape[0] if items is None else items
+        loss, kl = loss / n, kl / n
+        self._note("cross_entropy", loss)
+        if not self._teaches:
+            return loss
+        self._note("distillation", kl)
+        d = self.gateskip_args.distill
+        return (1.0 - d) * loss + d * kl
+
+    @torch.no_grad()
+    def _taught(self, given: dict[str, Any]) -> Tensor:
+        """Hidden states of the model before training, without gates and skipping."""
+        family = state_of(self.model).family
+        if self._teacher is not None:
+            decoder = self._teacher.get_submodule(family.decoder)
+            return decoder(**given, use_cache=False).last_hidden_state
+        with contextlib.ExitStack() as stack:
+            if self._skips:
+                stack.enter_context(dense(self.model))
+            stack.enter_context(without_lora(self.model))
+            decoder = self.model.get_submodule(family.decoder)
+            return decoder(**given, use_cache=False).last_hidden_state
+
+    def _not_finite(self, value: float) -> str:
+        folder = Path(self.args.output_dir)
+        saved = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]))
+        kept = f"the last good checkpoint is {saved[-1]}" if saved else "none was saved yet"
+        return (
+            f"the loss is {value} at step {self.state.global_step}; training stopped before the "
+            f"weights changed, {kept}. Lower learning_rate, or look at the data of that step."
+        )
+
+    def _note(self, name: str, value: Any) -> None:
+        number = float(value.detach()) if isinstance(value, Tensor) else float(value)
+        self._sums[name] = self._sums.get(name, 0.0) + number
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, with penalty, budget and realised skip rates since the last time."""
+        if "loss" in logs and self._counts:
+            accumulated = max(int(self.args.gradient_accumulation_steps), 1)
+            steps = self._counts / accumulated
+            for name, value in self._sums.items():
+                logs[name] = value / (self._counts if name == "budget" else steps)
+            logs |= self._meter.rates()
+            self._sums, self._counts = {}, 0
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    # -- optimiser --------------------------------------------------------------------------
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, with groups of their own for gates and compensation."""
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        config = self.gateskip_args
+        rates = {
+            "gates": config.gate_learning_rate,
+            "compensation": config.compensation_learning_rate,
+        }
+        ids = backbone.parts(self.model)
+        for group in list(optimizer.param_groups):
+            for name, rate in rates.items():
+                mine = [p for p in group["params"] if id(p) in ids[name]]
+                if rate is None or not mine:
+                    continue
+                group["params"] = [p for p in group["params"] if id(p) not in ids[name]]
+                options = {k: v for k, v in group.items() if k not in ("params", "lr")}
+                optimizer.add_param_group(options | {"params": mine, "lr": rate})
+        optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
+        return optimizer
+
+    # -- checkpoints ------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """A checkpoint is a gateskip folder: what was trained, thresholds, and the options."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        save(self.model, folder)
+        temporary = folder / f".{CONFIG_FILE}"
+        temporary.write_text(json.dumps(self.gateskip_args.to_json(), indent=2) + "\n")
+        os.replace(temporary, folder / CONFIG_FILE)
+        if getattr(self, "processing_class", None) is not None:
+            self.processing_class.save_pretrained(folder)  # type: ignore[attr-defined]
+        torch.save(self.args, folder / ARGUMENTS_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        try:
+            theirs = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise CheckpointError(
+                f"{folder} is no checkpoint of a gateskip training ({error})."
+            ) from error
+        mine = self.gateskip_args.to_json()
+        other = [f"{k}={theirs.get(k)!r}" for k in mine if theirs.get(k) != mine[k]]
+        if other:
+            raise CheckpointError(
+                f"{folder} was trained with other options ({', '.join(other)}); use the same, or "
+                "another output folder."
+            )
+        restore(self.model, folder)
+
+    def _load_best_model(self) -> None:
+        restore(self.model, self.state.best_model_checkpoint)
+
+
+class _AfterStep(TrainerCallback):  # type: ignore[misc]
+    """Finds thresholds again while training: what the model computes has moved."""
+
+    def __init__(self, trainer: GateSkipMixin) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        config = self.trainer.gateskip_args
+        gated, every = state_of(self.trainer.model), config.calibrate_every
+        gated.fitted = gated.fitted or config.train_gates
+        if every and state.global_step % every == 0 and state.global_step < state.max_steps:
+            recalibrate(self.trainer.model, self.trainer.calibration_data)
+
+
+def recalibrate(model: nn.Module, data: Any) -> None:
+    """A short calibration by the rules of the one before."""
+    policy = state_of(model).policy
+    how: dict[str, Any] = {}
+    if policy is not None:
+        how = {"allocation": policy.allocation, "weigh_cost": policy.weigh_cost}
+    tokens: Any = CALIBRATION["max_tokens"]
+    grid: Any = CALIBRATION["grid"]
+    calibrate(model, data, max_tokens=tokens, grid=grid, **how)
+
+
+class GateSkipTrainer(GateSkipMixin, Trainer):  # type: ignore[misc]
+    """Hugging Face ``Trainer`` for a gated model.
+
+    Args:
+        gateskip_args: budget schedule, penalty, distillation and what is trained.
+        calibration_data: id tensors or texts for ``calibrate_every``.
+
+    All other arguments are the Trainer's. ``train()`` leaves a model that :func:`gateskip.save`
+    writes, and that computes its LoRA layers merged after :meth:`finish`.
+
+    Raises:
+        AttachError: the model has no gates. BudgetError: a budget below the thresholds' floor.
+        TrainingError: the loss is not a number; the last checkpoint stays.
+    """
+
+    def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
+        given = kwargs.get("train_dataset")
+        if kwargs.get("data_collator") is None and isinstance(given, TokenDataset):
+            tokenizer = kwargs.get("processing_class")
+            pad = getattr(tokenizer, "pad_token_id", None)
+            kwargs["data_collator"] = Collator(0 if pad is None else int(pad))
+        super().__init__(model, *args, **kwargs)
+        self.add_callback(_AfterStep(self))
+
+    def _plain(self) -> bool:
+        return (
+            self.label_smoother is None
+            and self.compute_loss_func is None
+            and self.args.world_size == 1
+            and self.args.n_gpu <= 1
+        )
+
+    def finish(self) -> Any:
+        """Merge LoRA into the weights; returns the model, ready for inference and saving."""
+        backbone.finish(self.model)
+        return self.model.eval()
