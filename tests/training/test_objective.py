@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from gateskip.errors import UnsupportedError
 from gateskip.retrofit.attach import gate_of, gated_branches, layers_of
 from gateskip.skipping.state import override, state_of
-from gateskip.training.objective import CHUNK, GatePenalty, SkipMeter, head_loss, labelled
+from gateskip.training.objective import CHUNK, GateObjective, SkipMeter, head_loss, labelled
 from models import gated, padded, random_ids
 
 
@@ -47,7 +47,7 @@ def test_penalty_and_its_gradient(side: str) -> None:
     assert wanted
     assert all(".skip_gate." in n for n in wanted), "the gates' input is detached"
     model.zero_grad()
-    penalty = GatePenalty()
+    penalty = GateObjective()
     with override(state_of(model), objective=penalty):
         model(ids, attention_mask=mask)
     found = penalty.mean()
@@ -59,7 +59,7 @@ def test_penalty_and_its_gradient(side: str) -> None:
 
 
 def test_penalty_over_a_batch_of_more_tokens() -> None:
-    model, penalty = gated(), GatePenalty()
+    model, penalty = gated(), GateObjective()
     ids, mask, _ = padded(3, 12, "right")
     with override(state_of(model), objective=penalty):
         model(ids, attention_mask=mask)
@@ -69,7 +69,7 @@ def test_penalty_over_a_batch_of_more_tokens() -> None:
 
 def test_penalty_under_gradient_checkpointing() -> None:
     model, ids = gated(), random_ids(2, 10)
-    plain = GatePenalty()
+    plain = GateObjective()
     with override(state_of(model), objective=plain):
         model(ids)
     plain.mean().backward()
@@ -77,7 +77,7 @@ def test_penalty_under_gradient_checkpointing() -> None:
     model.zero_grad()
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    penalty = GatePenalty()
+    penalty = GateObjective()
     with override(state_of(model), objective=penalty):
         loss = model(ids).logits.sum() * 0
     (loss + penalty.mean()).backward()
@@ -89,7 +89,7 @@ def test_penalty_says_when_no_gradient_can_reach_the_gates() -> None:
     model, ids = gated(), random_ids(2, 10)
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": True})
-    penalty = GatePenalty()
+    penalty = GateObjective()
     with override(state_of(model), objective=penalty):
         embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
         model(inputs_embeds=embeds)

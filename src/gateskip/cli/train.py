@@ -49,6 +49,7 @@ def train(
     calibrate_every: Annotated[
         int, typer.Option(min=0, help="Steps between calibrations in training; 0: never.")
     ] = 0,
+    kind: Annotated[str, typer.Option(help="Gate kind: low_rank, vector or scalar.")] = "low_rank",
     fit: Annotated[
         bool, typer.Option("--fit/--no-fit", help="Fit gates first; the paper's order does not.")
     ] = True,
@@ -76,6 +77,8 @@ def train(
         check_output_folder(out, overwrite)
     from gateskip.training.config import GateSkipTrainingConfig
 
+    importance = "random" if arm == "random" else "mean_logit"
+    config = GateConfig.from_json({"kind": kind, "importance": importance})
     options = GateSkipTrainingConfig.from_json(
         {
             "backbone": backbone,
@@ -113,8 +116,7 @@ def train(
         gated, tokenizer = load_base(model, chosen)
     recipe.check_tokenizer(tokenizer, rows)
     if begun is None:
-        importance = "random" if arm == "random" else "mean_logit"
-        gateskip.attach(gated, GateConfig.from_json({"importance": importance}))
+        gateskip.attach(gated, config)
         recipe.start(
             gated, rows, tokenizer, out, fit_first=fit, calibration_data=calibration_rows,
             max_length=max_length, progress=json != STDOUT,

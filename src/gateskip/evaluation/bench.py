@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import datetime
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +26,9 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from gateskip import kernels
 from gateskip.config import Budget
 from gateskip.errors import ConfigError
+from gateskip.evaluation.header import run_header
 from gateskip.execution.api import dense, execution, trace
 from gateskip.fitting.passes import eval_mode
 from gateskip.skipping.ledger import Ledger
@@ -125,7 +123,7 @@ def run_bench(
                         arm.seconds.append(seconds)
                     bar.advance(task)
             rows += [_row(model, arm, arms[0], phase, ids, prompt, name) for arm in arms]
-    return {"header": _header(command, notes, repeats), "rows": rows}
+    return {"header": run_header(command) | {"repeats": repeats, "notes": notes}, "rows": rows}
 
 
 def _prefill(runner: Any, ids: Tensor, prompt: int) -> Any:
@@ -288,36 +286,6 @@ def _row(
         "speedup_vs_dense": speedup,
         "efficiency": speedup / saved,
         "peak_rss_bytes": _peak_rss(run),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _header(command: str, notes: list[str], repeats: int) -> dict[str, Any]:
-    import transformers
-
-    from gateskip import __version__
-
-    return {
-        "command": command,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "gateskip": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "kernels": kernels.backend(),
-        "seed": torch.initial_seed(),
-        "repeats": repeats,
-        "notes": notes,
     }
 
 

@@ -9,12 +9,13 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from gateskip.config import Budget
+from gateskip.config import Budget, one_of
 from gateskip.data import Batch, encode, take_tokens, to_batches
 from gateskip.execution.api import dense, trace
 from gateskip.fitting.passes import eval_mode
@@ -23,13 +24,17 @@ from gateskip.skipping.state import override, state_of
 
 __all__ = ["QualityRow", "evaluate"]
 
+ARMS = ("gateskip", "control", "random")
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class QualityRow:
     """Quality at one budget.
 
     Attributes:
-        arm: ``"dense"`` or ``"gateskip"``. keep, compute: the budget asked for, or None.
+        model: the base model's name. arm: ``"dense"``, ``"gateskip"``, ``"control"`` (the trained
+            backbone without gates) or ``"random"``. data: what the text is called. seed: of the
+            training, or None. keep, compute: the budget asked for, or None.
         skip_rate: realised share of token×branch pairs skipped.
         macs_saved: realised share of decoder MACs saved, net of everything.
         loss: mean negative log-likelihood per scored token, nats. perplexity: exp(loss).
@@ -37,7 +42,10 @@ class QualityRow:
         tokens: scored tokens.
     """
 
+    model: str
     arm: str
+    data: str
+    seed: int | None
     keep: float | None
     compute: float | None
     skip_rate: float
@@ -57,6 +65,10 @@ def evaluate(
     max_length: int = 512,
     max_tokens: int | None = None,
     batch_tokens: int = 2048,
+    reference: nn.Module | None = None,
+    arm: str = "gateskip",
+    name: str = "",
+    seed: int | None = None,
     progress: bool = False,
 ) -> list[QualityRow]:
     """The dense model, then the gated model at every budget, on the same tokens.
@@ -65,29 +77,44 @@ def evaluate(
         model: a gated model. data: texts, rows or id tensors (see ``gateskip.data``); of a prompt
             and its completion only the completion is scored.
         budgets: what to evaluate. max_tokens: tokens used; None uses all.
+        reference: the dense model, where training changed ``model``'s backbone; else ``model``
+            itself without gates.
+        arm: ``"gateskip"``, ``"random"``, or ``"control"``: the trained backbone without gates and
+            skipping, instead of budgets. name, seed: for the rows.
 
     Raises:
         BudgetError: a budget that the model cannot take, before any work. DataError: bad data.
     """
+    one_of("arm", arm, ARMS)
     state = state_of(model)
-    for budget in budgets:
+    for budget in () if arm == "control" else budgets:
         state.resolve(budget)
     samples = take_tokens(encode(data, tokenizer, max_length), max_tokens)
     batches = to_batches(samples, batch_tokens)
     rows = []
     with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("Evaluating", total=(1 + len(budgets)) * len(batches))
+        arms = 1 if arm == "control" else len(budgets)
+        task = bar.add_task("Evaluating", total=(1 + arms) * len(batches))
+        base = str(getattr(model.config, "_name_or_path", "") or "")
+
+        def row(kind: str, *figures: Any) -> QualityRow:
+            return _row((base, kind, name, None if kind == "dense" else seed), *figures)
 
         def advance() -> None:
             bar.advance(task)
 
         with eval_mode(model):
-            with dense(model):
-                loss, best, tokens, _ = _arm(model, batches, None, None, advance)
-            rows.append(_row("dense", None, loss, 1.0, tokens, None))
+            with eval_mode(reference) if reference is not None else dense(model):
+                plain = model if reference is None else reference
+                loss, best, tokens, _ = _arm(plain, batches, None, None, advance)
+            rows.append(row("dense", None, loss, 1.0, tokens, None))
+            if arm == "control":
+                with dense(model):
+                    loss, _, tokens, (agreed, _) = _arm(model, batches, None, best, advance)
+                return [*rows, row("control", None, loss, agreed / tokens, tokens, None)]
             for budget in budgets:
                 loss, _, tokens, (agreed, ledger) = _arm(model, batches, budget, best, advance)
-                rows.append(_row("gateskip", budget, loss, agreed / tokens, tokens, ledger))
+                rows.append(row(arm, budget, loss, agreed / tokens, tokens, ledger))
     return rows
 
 
@@ -129,10 +156,18 @@ def _arm(
 
 
 def _row(
-    arm: str, budget: Budget | None, loss: float, agreement: float, tokens: int, ledger: Any
+    what: tuple[str, str, str, int | None],
+    budget: Budget | None,
+    loss: float,
+    agreement: float,
+    tokens: int,
+    ledger: Any,
 ) -> QualityRow:
     return QualityRow(
-        arm=arm,
+        model=Path(what[0]).name,
+        arm=what[1],
+        data=what[2],
+        seed=what[3],
         keep=None if budget is None else budget.keep,
         compute=None if budget is None else budget.compute,
         skip_rate=0.0 if ledger is None else ledger.skip_rate,

@@ -227,7 +227,8 @@ def _attention_compacted(
         o = attention(hidden_states=u, **inputs.whole(writer or inputs.cache))[0]
         if writer is not None and writer.written is not None:
             call.kv[layer] = writer.written
-        return join(h, o, u, gate)
+        out = join(h, o, u, gate).flatten(0, 1)
+        return _learnable(branch, out, o.flatten(0, 1), u.flatten(0, 1), kept).view_as(h)
     skip = (~keep & call.everyone()).flatten().nonzero()[:, 0]
     rounded = torch.is_grad_enabled() and skip.shape[0] > 0
     u_skip = None
@@ -247,7 +248,7 @@ def _attention_compacted(
     run = _attend_flat if _takes_flat(attention, call) else _attend_grid
     writer, o, u = run(branch, flat, inputs, keep, kept, (skip, fill))
     if o is not None:
-        out = join_at(out, flat, o, u, gate, kept)
+        out = _learnable(branch, join_at(out, flat, o, u, gate, kept), o, u, kept)
     if copies:
         assert writer.written is not None
         call.kv[layer] = writer.written
@@ -359,6 +360,17 @@ def _compensate(branch: _Branch, out_NH: Tensor, skip: Tensor, u_skip: Tensor | 
     return compensation.add_at(out_NH, u_skip, skip)
 
 
+def _learnable(branch: _Branch, out_NH: Tensor, o_MH: Tensor, u_MH: Tensor, kept: Tensor) -> Tensor:
+    """``out``, unchanged in value; in training a kept token's decision may get a gradient."""
+    call, gate = branch.call, branch.gate
+    if call.objective is None or call.thresholds is None or not torch.is_grad_enabled():
+        return out_NH
+    assert gate is not None
+    threshold = call.thresholds[branch.key]
+    change = call.objective.decision(gate, o_MH, u_MH, threshold, branch.compensation)
+    return out_NH if change is None else out_NH.index_add(0, kept, change.to(out_NH.dtype))
+
+
 def _mlp(branch: _Branch, h: Tensor, *, owned: bool) -> Tensor:
     """The MLP branch; ``owned``: nobody else holds ``h``, so it may be changed in place."""
     call, gate = branch.call, branch.gate
@@ -377,7 +389,8 @@ def _mlp(branch: _Branch, h: Tensor, *, owned: bool) -> Tensor:
     kept = keep.flatten().nonzero()[:, 0]
     if kept.shape[0] == keep.numel():
         u = branch.input_at(flat, None)
-        return join(flat, run_mlp(branch.module, branch.family, u), u, gate).view_as(h)
+        o = run_mlp(branch.module, branch.family, u)
+        return _learnable(branch, join(flat, o, u, gate), o, u, kept).view_as(h)
     call.computed[branch.key] = keep.sum(1)
     skip = u_skip = None
     if branch.compensation is not None:
@@ -387,7 +400,8 @@ def _mlp(branch: _Branch, h: Tensor, *, owned: bool) -> Tensor:
     if kept.shape[0]:
         u, n = branch.input_at(flat, kept, rounded=True), kept.shape[0]
         call.padding[branch.key] = u.shape[0] - n
-        out = join_at(out, flat, run_mlp(branch.module, branch.family, u)[:n], u[:n], gate, kept)
+        o = run_mlp(branch.module, branch.family, u)[:n]
+        out = _learnable(branch, join_at(out, flat, o, u[:n], gate, kept), o, u[:n], kept)
     if skip is not None:
         out = _compensate(branch, out, skip, u_skip)
     return out.view_as(h)

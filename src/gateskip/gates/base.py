@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from gateskip.config import GateConfig
 
-__all__ = ["Gate"]
+__all__ = ["Gate", "no_autocast"]
+
+
+def no_autocast(t: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Context in which float32 stays float32 on the device of ``t``."""
+    if torch.is_autocast_enabled(t.device.type):
+        return torch.autocast(t.device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 class Gate(nn.Module, ABC):
@@ -74,7 +81,7 @@ class Gate(nn.Module, ABC):
         parts = list(self.parameters(recurse=False))
         stamp = tuple((p._version, p.data_ptr()) for p in parts)
         if self.training or self._alike_cache is None or self._alike_cache[0] != stamp:
-            with torch.no_grad():
+            with torch.no_grad(), no_autocast(self.score_scale):
                 found = None
                 if self.channels_alike():
                     w_H, b = self.mean_logit_weights()
@@ -84,11 +91,7 @@ class Gate(nn.Module, ABC):
 
     def forward(self, u_NH: Tensor) -> Tensor:
         """Gate values g in (0, 1), float32 ``[..., G]``, or ``[..., 1]`` where all are equal."""
-        device = u_NH.device.type
-        guard: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if torch.is_autocast_enabled(device):
-            guard = torch.autocast(device, enabled=False)
-        with guard:
+        with no_autocast(u_NH):
             if torch.is_grad_enabled():
                 return torch.sigmoid(self.logits(u_NH.float()))
             alike = self.one_logit()
@@ -98,8 +101,9 @@ class Gate(nn.Module, ABC):
 
     def decision_weights(self) -> tuple[Tensor, Tensor]:
         """(w [H], b []) with score = w·u + b, differentiable."""
-        w_H, b = self.mean_logit_weights()
-        return w_H / self.score_scale, (b - self.score_shift) / self.score_scale
+        with no_autocast(self.score_scale):
+            w_H, b = self.mean_logit_weights()
+            return w_H / self.score_scale, (b - self.score_shift) / self.score_scale
 
     def decision_vector(self) -> tuple[Tensor, float]:
         """Detached :meth:`decision_weights`, cached until a weight changes."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gateskip import kernels
 from gateskip.config import BranchKey
-from gateskip.gates import Gate
+from gateskip.gates import Gate, no_autocast
 
 __all__ = ["branch_score", "normed_at", "random_score", "scaled_vector", "single_score"]
 
@@ -104,9 +104,10 @@ def random_score(place_BT: Tensor, key: BranchKey, seed: int) -> Tensor:
 
 
 def _linear_score(h_BTH: Tensor, eps: float, scaled_H: Tensor, b: Tensor | float) -> Tensor:
-    h = h_BTH.detach().float()
-    rms = torch.linalg.vector_norm(h, dim=-1).square_().div_(h.shape[-1]).add_(eps).rsqrt_()
-    return torch.matmul(h, scaled_H) * rms + b
+    with no_autocast(h_BTH):
+        h = h_BTH.detach().float()
+        rms = torch.linalg.vector_norm(h, dim=-1).square_().div_(h.shape[-1]).add_(eps).rsqrt_()
+        return torch.matmul(h, scaled_H) * rms + b
 
 
 def single_score(h_H: Tensor, w_H: Tensor, b: float, eps: float) -> float:
@@ -118,6 +119,7 @@ def single_score(h_H: Tensor, w_H: Tensor, b: float, eps: float) -> float:
         b: decision bias.
         eps: the norm's epsilon.
     """
-    h = h_H.float()
-    square = float(torch.dot(h, h))
-    return float(torch.dot(h, w_H)) / (square / h.shape[0] + eps) ** 0.5 + b
+    with no_autocast(h_H):
+        h = h_H.float()
+        square, product = float(torch.dot(h, h)), float(torch.dot(h, w_H))
+    return product / (square / h.shape[0] + eps) ** 0.5 + b

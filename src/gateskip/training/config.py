@@ -26,6 +26,10 @@ class GateSkipTrainingConfig:
         lora_rank, lora_alpha, lora_dropout: of the LoRA layers.
         penalty: λ of the gates' penalty (arXiv 2510.13876, eq. 3: mean squared gate value).
         train_gates: False leaves the gates as they are (as fitted).
+        decision_gradient: what trains decisions. 0: only the gate's value and the penalty (the
+            paper). Above: straight-through gradients of temperature T, in units of the score.
+        cost_weight: weight of the expected share of MACs spent, which straight-through gradients
+            trade against the loss.
         train_compensation: False leaves the compensation as it is.
         gate_learning_rate, compensation_learning_rate: None takes the trainer's learning rate.
         distill: share d of the loss that is KL(dense ‖ gated) at labelled positions; the rest is
@@ -46,6 +50,8 @@ class GateSkipTrainingConfig:
     lora_dropout: float = 0.0
     penalty: float = 0.0
     train_gates: bool = False
+    decision_gradient: float = 0.0
+    cost_weight: float = 0.0
     train_compensation: bool = True
     gate_learning_rate: float | None = None
     compensation_learning_rate: float | None = None
@@ -76,7 +82,13 @@ class GateSkipTrainingConfig:
             raise ConfigError(f"distill={self.distill!r} must be a share in [0, 1].")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(f"lora_dropout={self.lora_dropout!r} must be in [0, 1).")
-        for name in ("penalty", "gate_learning_rate", "compensation_learning_rate"):
+        for name in (
+            "penalty",
+            "decision_gradient",
+            "cost_weight",
+            "gate_learning_rate",
+            "compensation_learning_rate",
+        ):
             value = getattr(self, name)
             if value is not None and not value >= 0.0:
                 raise ConfigError(f"{name}={value!r} must not be negative.")
@@ -87,6 +99,14 @@ class GateSkipTrainingConfig:
         if self.penalty and not self.train_gates:
             raise ConfigError(
                 f"penalty={self.penalty!r} moves nothing while train_gates=False; set one of them."
+            )
+        if self.cost_weight and not self.decision_gradient:
+            raise ConfigError(
+                f"cost_weight={self.cost_weight!r} needs decision_gradient= (a temperature)."
+            )
+        if self.decision_gradient and not self.train_gates:
+            raise ConfigError(
+                f"decision_gradient={self.decision_gradient!r} needs train_gates=True."
             )
         trains = self.backbone != "frozen" or self.train_gates or self.train_compensation
         if not trains or (self.arm == "control" and self.backbone == "frozen"):

@@ -8,54 +8,107 @@ L = (1 − d)·CE + d·KL(dense ‖ gated) + λ·mean over branches, valid token
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gateskip.config import BranchKey
 from gateskip.errors import UnsupportedError
-from gateskip.gates import Gate
+from gateskip.gates import Gate, no_autocast
 from gateskip.skipping.call import Call
 
-__all__ = ["GatePenalty", "SkipMeter", "head_loss", "labelled"]
+__all__ = ["GateObjective", "SkipMeter", "head_loss", "labelled"]
 
 CHUNK = 256  # positions whose logits exist at once
 IGNORED = -100
 
 
-class GatePenalty:
-    """Sums g² over valid tokens and channels while a forward runs; an ``Override.objective``.
+class GateObjective:
+    """What gates learn from while a forward runs, beside their value; an ``Override.objective``.
+
+    Args:
+        penalty: whether to sum g² over valid tokens and channels.
+        temperature: of straight-through decisions, in units of the score; 0: decisions get none.
+        costs: MACs that a skip saves, per branch, for the expected cost; None: not asked for.
 
     Attributes:
         sums: float32 scalars with a graph, one per branch: Σ over valid tokens of mean g².
+        spent: the same of the soft decision times the branch's share of all MACs.
         tokens: valid tokens of the forward.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        *,
+        penalty: bool = True,
+        temperature: float = 0.0,
+        costs: Mapping[BranchKey, float] | None = None,
+    ) -> None:
+        self.penalty, self.temperature = penalty, temperature
+        total = sum(costs.values()) if costs else 1.0
+        self.shares = {key: cost / total for key, cost in (costs or {}).items()}
         self.sums: dict[BranchKey, Tensor] = {}
+        self.spent: dict[BranchKey, Tensor] = {}
         self.tokens = 0
 
     def branch(self, key: BranchKey, gate: Gate, u_BTH: Tensor, call: Call) -> None:
         """Called by every gated branch, with its detached input."""
-        square_BT = gate(u_BTH).square().mean(-1)
-        total = (square_BT * call.everyone()).sum()
-        # Under gradient checkpointing this runs again; the same operations, counted once.
-        if key in self.sums:
-            return
-        if torch.is_grad_enabled() and not total.requires_grad:
-            raise UnsupportedError("the gates need gradients for their penalty; train_gates=True.")
-        self.sums[key] = total
-        self.tokens = int(call.everyone().sum())
+        valid_BT = call.everyone()
+        found: list[tuple[dict[BranchKey, Tensor], Tensor]] = []
+        if self.penalty:
+            found.append((self.sums, (gate(u_BTH).square().mean(-1) * valid_BT).sum()))
+        if self.temperature and self.shares and call.thresholds is not None:
+            p_BT = self._soft(gate, u_BTH, call.thresholds[key])
+            found.append((self.spent, (p_BT * valid_BT).sum() * self.shares[key]))
+        for where, total in found:
+            if torch.is_grad_enabled() and not total.requires_grad:
+                raise UnsupportedError("gates without gradients cannot learn; train_gates=True.")
+            # Under gradient checkpointing this runs again; the same operations, counted once.
+            where.setdefault(key, total)
+        self.tokens = int(valid_BT.sum())
+
+    def decision(
+        self, gate: Gate, o_MH: Tensor, u_MH: Tensor, threshold: float, instead: nn.Module | None
+    ) -> Tensor | None:
+        """Zeros ``[M, H]`` whose gradient is that of keeping a token (straight-through).
+
+        With p = σ((s − τ)/T): (p − p) · (g ⊙ o − c(u)), of kept tokens only; what a skipped token
+        would have got was not computed.
+        """
+        if not self.temperature:
+            return None
+        p_M = self._soft(gate, u_MH.detach(), threshold)
+        with torch.no_grad():
+            gain_MH = gate(u_MH) * o_MH.float()
+            if instead is not None:
+                gain_MH = gain_MH - instead(u_MH).float()
+        return (p_M - p_M.detach())[:, None] * gain_MH
+
+    def _soft(self, gate: Gate, u: Tensor, threshold: float) -> Tensor:
+        w_H, b = gate.decision_weights()
+        with no_autocast(u):
+            return torch.sigmoid((u.float() @ w_H + b - threshold) / self.temperature)
 
     def mean(self, tokens: Tensor | int | None = None) -> Tensor:
         """The penalty, over ``tokens`` valid tokens (of a whole accumulated batch) or its own."""
-        if not self.sums or not next(iter(self.sums.values())).requires_grad:
+        total = torch.stack(self._graphs(self.sums)).mean()
+        return total / (self.tokens if tokens is None else tokens)
+
+    def cost(self, tokens: Tensor | int | None = None) -> Tensor:
+        """Expected share of what skips can save that is spent, over tokens as in :meth:`mean`."""
+        total = torch.stack(self._graphs(self.spent)).sum()
+        return total / (self.tokens if tokens is None else tokens)
+
+    @staticmethod
+    def _graphs(sums: dict[BranchKey, Tensor]) -> tuple[Tensor, ...]:
+        if not sums or not next(iter(sums.values())).requires_grad:
             raise UnsupportedError(
                 "the gates' penalty has no gradient: gradient checkpointing has to be of the kind "
                 "that keeps a graph (gradient_checkpointing_kwargs={'use_reentrant': False})."
             )
-        total = torch.stack(tuple(self.sums.values())).mean()
-        return total / (self.tokens if tokens is None else tokens)
+        return tuple(sums.values())
 
 
 class SkipMeter:

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback
 
 from gateskip.calibration.thresholds import calibrate
 from gateskip.config import Budget
+from gateskip.costs import saved_macs
 from gateskip.errors import CheckpointError, ConfigError, TrainingError, UnsupportedError
 from gateskip.execution.api import dense
 from gateskip.execution.checkpoint import restore, save
@@ -28,7 +29,7 @@ from gateskip.skipping.state import override, state_of
 from gateskip.training import backbone
 from gateskip.training.config import GateSkipTrainingConfig
 from gateskip.training.dataset import Collator, TokenDataset
-from gateskip.training.objective import GatePenalty, SkipMeter, head_loss, labelled
+from gateskip.training.objective import GateObjective, SkipMeter, head_loss, labelled
 from gateskip.training.schedule import budget_at
 
 __all__ = ["GateSkipMixin", "GateSkipTrainer"]
@@ -141,10 +142,10 @@ class GateSkipMixin:
         training = bool(model.training)
         if training and "attention_mask" in inputs:
             self.tokens_seen += int(inputs["attention_mask"].sum())
-        penalty = GatePenalty() if self._skips and config.penalty and training else None
+        objective = self._objective() if training else None
         budget = self.current_budget()
         items = num_items_in_batch if training else None
-        with self._context(budget, penalty, training):
+        with self._context(budget, objective, training):
             if training and self._plain():
                 found: Any = self._own_loss(inputs, items)
                 outputs = None
@@ -158,22 +159,40 @@ class GateSkipMixin:
             return (found, outputs) if return_outputs else found
         if not math.isfinite(float(found.detach())):
             raise TrainingError(self._not_finite(float(found.detach())))
-        if penalty is not None:
-            mean = penalty.mean(self._valid if items is not None else None)
+        tokens = self._valid if items is not None else None
+        if objective is not None and config.penalty:
+            mean = objective.mean(tokens)
             self._note("gate_penalty", mean)
             found = found + config.penalty * mean
+        if objective is not None and objective.spent:
+            cost = objective.cost(tokens)
+            self._note("expected_cost", cost)
+            found = found + config.cost_weight * cost
         self._note("budget", budget.keep or budget.compute or 1.0)
         self._counts += 1
         return (found, outputs) if return_outputs else found
 
+    def _objective(self) -> GateObjective | None:
+        config = self.gateskip_args
+        if not self._skips or not (config.penalty or config.decision_gradient):
+            return None
+        gated = state_of(self.model)
+        costs = None
+        if config.cost_weight and gated.policy is not None:
+            table, keys = gated.costs(), gated.policy.mean_keys
+            costs = {key: saved_macs(table[key], keys) for key in gated.branches}
+        return GateObjective(
+            penalty=bool(config.penalty), temperature=config.decision_gradient, costs=costs
+        )
+
     @contextlib.contextmanager
-    def _context(self, budget: Budget, penalty: Any, training: bool) -> Iterator[None]:
+    def _context(self, budget: Budget, objective: Any, training: bool) -> Iterator[None]:
         if not self._skips:
             with dense(self.model):
                 yield
             return
         meter = self._meter if training else None
-        with override(state_of(self.model), budget=budget, objective=penalty, recorder=meter):
+        with override(state_of(self.model), budget=budget, objective=objective, recorder=meter):
             yield
 
     def _plain(self) -> bool:

@@ -1,0 +1,43 @@
+"""What a result file says of the run that made it."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gateskip import kernels
+
+__all__ = ["run_header"]
+
+
+def run_header(command: str) -> dict[str, Any]:
+    """Versions, threads, CPU, seed, date and the command."""
+    import transformers
+
+    from gateskip import __version__
+
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "gateskip": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "kernels": kernels.backend(),
+        "seed": torch.initial_seed(),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
