@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,92 @@ def test_fit_wrote_gates(folder: Path) -> None:
     saved = json.loads((folder / "gates" / "gateskip_config.json").read_text())
     assert saved["gate"]["rank"] == 4
     assert saved["policy"]["tokens"] >= 1_000
+
+
+TRAIN = (
+    "--steps", 3, "--batch-size", 4, "--budget", 0.8, "--lora-rank", 2, "--save-every", 2,
+    "--learning-rate", 0.01,
+)  # fmt: skip
+
+
+def test_train_from_gates_evaluate_and_resume(folder: Path, tmp_path: Path) -> None:
+    data, out = folder / "data.jsonl", tmp_path / "trained"
+    start = ("train", folder / "base", "--data", data, "--out", out)
+    found = as_json(*start, "--gates", folder / "gates", *TRAIN)
+    assert found["steps"] == 3
+    assert found["floor"] < 0.8
+    losses = [entry["loss"] for entry in found["history"] if "loss" in entry]
+    assert len(losses) == 3
+    assert {"gateskip_config.json", "gateskip_model.safetensors"} <= {p.name for p in out.iterdir()}
+    rows = as_json("eval", out, "--data", data, "--compute", 0.9, "--max-tokens", 300, "--seed", 5)
+    dense, skipping = rows["rows"]
+    assert (dense["arm"], dense["seed"]) == ("dense", None)
+    assert (skipping["arm"], skipping["seed"], skipping["data"]) == ("gateskip", 5, "data")
+    plain = as_json("eval", folder / "gates", "--data", data, "--max-tokens", 300)["rows"][0]
+    assert dense["loss"] == pytest.approx(plain["loss"]), "dense is the model before training"
+    control = as_json("eval", out, "--data", data, "--max-tokens", 300, "--arm", "control")["rows"]
+    assert control[1]["arm"] == "control"
+    assert control[1]["loss"] != pytest.approx(dense["loss"])
+    # Interrupted while calibrating at the end, then in the last step.
+    for last, left in (("checkpoint-3", 0), ("checkpoint-2", 1)):
+        assert (out / "checkpoints" / last).is_dir()
+        (out / "gateskip_model.safetensors").unlink()
+        again = as_json(*start, *TRAIN, "--resume")
+        assert again["steps"] == 3
+        assert (again["tokens"] > 0) == bool(left)
+        assert again["tokens"] < found["tokens"]
+        assert [e["loss"] for e in again["history"] if "loss" in e] == losses
+        assert (out / "gateskip_model.safetensors").is_file()
+        shutil.rmtree(out / "checkpoints" / "checkpoint-3")
+
+
+@pytest.mark.parametrize("arm", ["control", "random"])
+def test_train_arms(folder: Path, tmp_path: Path, arm: str) -> None:
+    found = as_json(
+        "train", folder / "base", "--data", folder / "data.jsonl", "--out", tmp_path / "out",
+        "--arm", arm, "--kind", "scalar", *TRAIN,
+    )  # fmt: skip
+    skipped = [entry.get("skip_rate", 0.0) for entry in found["history"]]
+    assert (max(skipped) > 0) == (arm == "random")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("--arm", "dense"), "arm='dense'"),
+        (("--backbone", "lorra"), "backbone='lorra'"),
+        (("--budget", "1.5"), "budget_end=1.5"),
+        (("--resume",), "no training to resume"),
+        (("--data", "no/such"), "neither a file nor a dataset"),
+        (("--data", "no.jsonl"), "not a file"),
+    ],
+)
+def test_train_bad_input(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: Any, match: str
+) -> None:
+    given = ("--data", folder / "data.jsonl", "--out", tmp_path / "out", *arguments)
+    assert match in fails(capsys, "train", folder / "base", *given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_says_when_there_is_no_chat_template(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
+    given = ("--data", tmp_path / "chat.jsonl", "--out", tmp_path / "out")
+    assert "chat template" in fails(capsys, "train", folder / "base", *given)
+
+
+def test_train_on_a_dataset_folder(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    text = (folder / "data.jsonl").read_text()
+    (tmp_path / "set" / "train.jsonl").write_text(text)
+    found = as_json(
+        "train", folder / "base", "--data", tmp_path / "set", "--out", tmp_path / "out",
+        "--gates", folder / "gates", *TRAIN,
+    )  # fmt: skip
+    assert found["steps"] == 3
 
 
 def test_calibrate(folder: Path, tmp_path: Path) -> None:

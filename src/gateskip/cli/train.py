@@ -124,6 +124,7 @@ def train(
     elif not resume:
         gateskip.save(gated, out / recipe.START)
 
+    import torch
     from transformers import TrainingArguments
 
     rate = learning_rate or {"full": 1e-4}.get(backbone, 1e-3)
@@ -133,7 +134,7 @@ def train(
         lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), weight_decay=0.001,
         adam_beta2=0.95, bf16=mixed, logging_steps=max(1, min(10, steps // 10)),
         save_steps=save_every, save_total_limit=2, report_to=[], disable_tqdm=True,
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy="group_by_length", dataloader_pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     bar = TrainingProgress(console)
     try:

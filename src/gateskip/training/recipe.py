@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.trainer_callback import PrinterCallback
 
 from gateskip.calibration.thresholds import calibrate
 from gateskip.errors import CheckpointError, ConfigError
@@ -117,8 +118,12 @@ def train(
         model, arguments, train_dataset=dataset, gateskip_args=options, processing_class=tokenizer,
         calibration_data=[sample.ids for sample in samples], callbacks=callbacks,
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)  # what is printed belongs to the caller
     began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if checkpoint is not None and _steps(checkpoint) >= arguments.max_steps > 0:
+        trainer.take(checkpoint)  # the Trainer would take one step more
+    else:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - began
     model = trainer.finish()
     history: list[dict[str, float]] = list(trainer.state.log_history)
@@ -141,6 +146,11 @@ def train(
         history=history,
         floor=1.0 if policy is None else policy.floor("compute"),
     )
+
+
+def _steps(checkpoint: Path) -> int:
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return int(state["global_step"])
 
 
 def check_tokenizer(tokenizer: Any, data: Any) -> None:

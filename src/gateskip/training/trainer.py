@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from gateskip.calibration.thresholds import calibrate
 from gateskip.config import Budget
@@ -310,6 +310,11 @@ class GateSkipMixin:
                 "another output folder."
             )
         restore(self.model, folder)
+
+    def take(self, checkpoint: Path) -> None:
+        """Be where a finished training's last checkpoint is."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     def _load_best_model(self) -> None:
         restore(self.model, self.state.best_model_checkpoint)
