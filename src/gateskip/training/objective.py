@@ -55,6 +55,8 @@ class GateObjective:
 
     def branch(self, key: BranchKey, gate: Gate, u_BTH: Tensor, call: Call) -> None:
         """Called by every gated branch, with its detached input."""
+        if not torch.is_grad_enabled():
+            return  # a reference model's forward, as in DPO, teaches nothing
         valid_BT = call.everyone()
         found: list[tuple[dict[BranchKey, Tensor], Tensor]] = []
         if self.penalty:
@@ -63,7 +65,7 @@ class GateObjective:
             p_BT = self._soft(gate, u_BTH, call.thresholds[key])
             found.append((self.spent, (p_BT * valid_BT).sum() * self.shares[key]))
         for where, total in found:
-            if torch.is_grad_enabled() and not total.requires_grad:
+            if not total.requires_grad:
                 raise UnsupportedError("gates without gradients cannot learn; train_gates=True.")
             # Under gradient checkpointing this runs again; the same operations, counted once.
             where.setdefault(key, total)
