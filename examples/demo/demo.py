@@ -29,6 +29,8 @@ from gateskip.explain.usage import branch_usage
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parents[1] / "demo-output"
+PRETRAINED = HERE.parents[1] / "pretrained" / "smollm2-135m-instruct"
+STEPS = 12
 BUDGETS = (0.95, 0.9, 0.85, 0.75, 0.6)
 QUESTION = (
     "A baker has 24 rolls. She sells 9 in the morning and bakes 12 more. How many rolls are there?"
@@ -36,7 +38,7 @@ QUESTION = (
 
 
 def main() -> None:
-    """Run the demo; about six minutes on two cores after the model is there."""
+    """Run the demo; about eight minutes on two cores after the model is there."""
     console = Console()
     started = time.perf_counter()
     name = demo_model.prepare(console=console)
@@ -70,10 +72,14 @@ def main() -> None:
     result = {"quality": [dataclasses.asdict(row) for row in rows], "speed": speed}
     write_json(result, OUT / "table.json")
 
-    console.rule("3. The same answer at each budget")
+    console.rule("3. What training adds")
+    trained(console, name, heldout, tokenizer, rows)
+    train_a_minute(console, OUT / "gates", name, fitting, tokenizer)
+
+    console.rule("4. The same answer at each budget")
     answer(console, model, tokenizer, budgets)
 
-    console.rule("4. Which token used which branch")
+    console.rule("5. Which token used which branch")
     with gateskip.budget(model, compute=budgets[2].compute):
         inputs = tokenizer(heldout[0]["prompt"] + "\n" + heldout[0]["completion"],
                            return_tensors="pt")["input_ids"]  # fmt: skip
@@ -92,6 +98,7 @@ def main() -> None:
         f"gateskip explain {where}/gates --compute 0.85 --text 'Bees make honey.' --png bees.png",
         f"gateskip bench {where}/gates --data {data}",
         "gateskip fit YOUR-MODEL --data YOUR.jsonl --out my-gates",
+        "gateskip train YOUR-MODEL --data YOUR.jsonl --out my-trained-gates",
     ):
         console.print(f"  .venv/bin/{command}", highlight=False, soft_wrap=True)
 
@@ -116,6 +123,65 @@ def show(console: Console, rows: list[QualityRow], speed: dict[str, Any]) -> Non
             "1.00×" if dense else f"{ratio['decode', row.compute]:.2f}×",
         )  # fmt: skip
     console.print(table)
+
+
+def trained(
+    console: Console, name: str, heldout: list[Any], tokenizer: Any, fitted: list[QualityRow]
+) -> None:
+    """Held-out loss of the gates in ``pretrained``, beside the ones fitted just now."""
+    try:
+        model = gateskip.load(PRETRAINED, base=name, dtype="bfloat16")
+    except gateskip.CheckpointError as error:
+        console.print(f"The trained gates do not belong to this copy of the model: {error}")
+        return
+    budgets = [gateskip.Budget(compute=c) for c in (1.0, 0.9, 0.75, 0.6)]
+    rows = evaluate(model, heldout, tokenizer, budgets=budgets, max_tokens=8_000, progress=True)
+    closed = {row.compute: row.loss for row in fitted if row.compute is not None}
+    closed[1.0] = fitted[0].loss
+    table = Table(title=f"Trained gates of {os.path.relpath(PRETRAINED)}, the same held-out text")
+    for column in ("compute", "MACs, net", "loss fitted", "loss trained"):
+        table.add_column(column, justify="right")
+    for row in rows[1:]:
+        assert row.compute is not None
+        table.add_row(f"{row.compute:.2f}", f"{1 - row.macs_saved:.1%}",
+                      f"{closed[row.compute]:.3f}", f"{row.loss:.3f}")  # fmt: skip
+    console.print(table)
+
+
+def train_a_minute(
+    console: Console, gates: Path, name: str, fitting: list[Any], tokenizer: Any
+) -> None:
+    """A few steps from the gates fitted just now, to show that training works here."""
+    from transformers import TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
+
+    from gateskip.training import GateSkipTrainer, GateSkipTrainingConfig, make_dataset
+    from gateskip.training.progress import TrainingProgress
+
+    trainer = GateSkipTrainer(
+        gateskip.load(gates, base=name, dtype="bfloat16"),
+        TrainingArguments(
+            str(OUT / "training"), max_steps=STEPS, per_device_train_batch_size=8, seed=0,
+            learning_rate=1e-3, save_strategy="no", logging_steps=STEPS // 2, report_to=[],
+            disable_tqdm=True, train_sampling_strategy="group_by_length",
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=make_dataset(fitting, tokenizer),
+        processing_class=tokenizer,
+        gateskip_args=GateSkipTrainingConfig(
+            budget_start=0.75, budget_end=0.75, compensation_learning_rate=1e-3
+        ),
+        callbacks=[TrainingProgress(console)],
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    clock = time.perf_counter()
+    trainer.train()
+    first, last = (e for e in trainer.state.log_history if "loss" in e)
+    console.print(
+        f"Trained {STEPS} steps at compute=0.75 in {time.perf_counter() - clock:.0f} s, "
+        f"{last['skip_rate']:.0%} of token×branch pairs skipped: training loss of the first half "
+        f"{first['loss']:.3f}, of the second {last['loss']:.3f}."
+    )
 
 
 def answer(console: Console, model: Any, tokenizer: Any, budgets: list[gateskip.Budget]) -> None:

@@ -95,6 +95,7 @@ def test_train_from_gates_evaluate_and_resume(folder: Path, tmp_path: Path) -> N
     found = as_json(*start, "--gates", folder / "gates", *TRAIN)
     assert found["steps"] == 3
     assert found["floor"] < 0.8
+    assert "gateskip train" in (out / "README.md").read_text()
     losses = [entry["loss"] for entry in found["history"] if "loss" in entry]
     assert len(losses) == 3
     assert {"gateskip_config.json", "gateskip_model.safetensors"} <= {p.name for p in out.iterdir()}

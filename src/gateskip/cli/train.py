@@ -9,7 +9,14 @@ from typing import Annotated
 import typer
 
 from gateskip.cli.loading import DtypeOption, dtype_of, load_base, load_gated
-from gateskip.cli.output import STDOUT, JsonOption, check_json, console_for, write_json
+from gateskip.cli.output import (
+    STDOUT,
+    JsonOption,
+    check_json,
+    command_line,
+    console_for,
+    write_json,
+)
 
 __all__ = ["train"]
 
@@ -67,6 +74,7 @@ def train(
     json: JsonOption = None,
 ) -> None:
     """Train a model to skip, and save gates, thresholds and what changed in the backbone."""
+    given = dict(locals())
     from gateskip.config import GateConfig, one_of
     from gateskip.retrofit.checkpoint import check_output_folder
 
@@ -141,7 +149,8 @@ def train(
         report = recipe.train(
             gated, rows, tokenizer, out, arguments=arguments, options=options,
             calibration_data=calibration_rows, max_length=max_length, resume=resume,
-            callbacks=[bar], progress=json != STDOUT,
+            callbacks=[bar], command=command_line("gateskip train", given),
+            progress=json != STDOUT,
         )  # fmt: skip
     finally:
         bar.close()

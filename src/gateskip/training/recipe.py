@@ -21,6 +21,7 @@ from gateskip.errors import CheckpointError, ConfigError
 from gateskip.execution.checkpoint import save
 from gateskip.fitting.closed_form import fit
 from gateskip.skipping.state import state_of
+from gateskip.training.card import write_card
 from gateskip.training.config import GateSkipTrainingConfig
 from gateskip.training.dataset import make_dataset
 from gateskip.training.trainer import CONFIG_FILE, GateSkipTrainer
@@ -96,6 +97,7 @@ def train(
     max_length: int = 512,
     resume: bool = False,
     callbacks: list[Any] | None = None,
+    command: str = "",
     progress: bool = False,
 ) -> TrainReport:
     """Train a fitted and calibrated model, calibrate it again, and save it to ``out``.
@@ -104,7 +106,7 @@ def train(
         model: as :func:`start` left it. data: training rows. calibration_data: text for the
             thresholds; the training rows where left out.
         arguments: Hugging Face ``TrainingArguments``; its output folder keeps the checkpoints.
-        resume: go on from the last complete checkpoint.
+        resume: go on from the last complete checkpoint. command: for the card.
 
     Raises:
         CheckpointError: nothing to resume from, or made with other options.
@@ -138,7 +140,7 @@ def train(
             progress=progress, **how,
         )  # fmt: skip
     save(model, out)
-    return TrainReport(
+    report = TrainReport(
         steps=int(trainer.state.global_step),
         tokens=trainer.tokens_seen,
         seconds=seconds,
@@ -146,6 +148,13 @@ def train(
         history=history,
         floor=1.0 if policy is None else policy.floor("compute"),
     )
+    state = state_of(model)
+    write_card(
+        out, base=str(state.base.get("name_or_path") or "the base model"), command=command,
+        gate=state.config, options=options, steps=report.steps, seed=int(arguments.seed),
+        loss=report.loss, seconds=seconds, floor=report.floor,
+    )  # fmt: skip
+    return report
 
 
 def _steps(checkpoint: Path) -> int:
