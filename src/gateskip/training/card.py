@@ -17,8 +17,8 @@ base_model: {base}
 
 # Gates for {base}
 
-Trained with gateskip (arXiv 2510.13876): tokens skip attention and MLP branches that they need less,
-under a budget chosen at run time, down to `compute={floor:.2f}`.
+Trained with gateskip (arXiv 2510.13876): tokens skip attention and MLP branches that they need
+less, under a budget chosen at run time, down to `compute={floor:.2f}`.
 
 ```python
 import gateskip
