@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -80,7 +81,9 @@ def with_table(model: nn.Module) -> nn.Module:
     state.policy = ThresholdTable(
         allocation="uniform", weigh_cost=False, keep=(1.0, 0.75, 0.5, 0.25),
         compute=(1.02, 0.8, 0.55, 0.3), tokens=1000, mean_keys=16.0,
-        thresholds=tuple(tuple(row[b] for b in state.branches) for row in rows),
+        thresholds=tuple(
+            tuple(row.get(b, -math.inf) for b in state.branches) for row in rows
+        ),
     )  # fmt: skip
     return model
 

@@ -96,13 +96,14 @@ def read_rows(source: str | Path) -> list[Any]:
     name, _, split = str(source).partition(":")
     try:
         from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise DataError(
             f"data={str(source)!r} is not a file; datasets by name need gateskip[train]."
         ) from error
     try:
         rows = list(load_dataset(name, split=split or "train"))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
             f"data={str(source)!r} is neither a file nor a dataset that loads ({reason})."

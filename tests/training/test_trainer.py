@@ -19,6 +19,7 @@ from gateskip.errors import (
     ConfigError,
     DataError,
     TrainingError,
+    UnsupportedError,
 )
 from gateskip.execution.api import dense
 from gateskip.skipping.state import state_of
@@ -257,8 +258,9 @@ def test_storage_in_bfloat16_keeps_gates_in_float32(tmp_path: Path) -> None:
     run.train()
     gateskip.save(run.finish(), tmp_path / "saved", dtype=torch.bfloat16)
     tensors = load_file(tmp_path / "saved" / "gateskip_model.safetensors")
-    kinds = {name.split(".")[0] == "lora": t.dtype for name, t in tensors.items()}
-    assert kinds[True] == torch.bfloat16
+    changes = [t.dtype for name, t in tensors.items() if name.startswith("merged.")]
+    assert changes
+    assert set(changes) == {torch.bfloat16}
     assert all(t.dtype == torch.float32 for n, t in tensors.items() if ".skip_gate." in n)
 
 
@@ -363,6 +365,186 @@ class _Words:
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [3 + len(word) for word in text.split()]}
+
+
+def test_the_teachers_own_head_is_used(tmp_path: Path) -> None:
+    """A backbone trained in full moves the LM head; the teacher keeps the old one."""
+    model = model_for_training()
+    frozen = copy.deepcopy(model)
+    run = trainer(model, tmp_path, {"backbone": "full", "distill": 1.0}, max_steps=3)
+    run.train()
+    batch = Collator()([run.train_dataset[i] for i in range(4)])
+    chosen = batch["labels"][:, 1:] != -100
+    with torch.no_grad():
+        with dense(frozen):
+            wanted = frozen(**batch).logits[:, :-1][chosen].log_softmax(-1)
+        with gateskip.budget(model, compute=0.7):
+            got = model(**batch).logits[:, :-1][chosen].log_softmax(-1)
+    expected = (wanted.exp() * (wanted - got)).sum(-1).mean()
+    model.train()
+    torch.testing.assert_close(run.compute_loss(model, dict(batch)), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_distillation_where_it_would_be_ignored_is_refused(tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    from gateskip.training import GateSkipMixin
+
+    class Other(GateSkipMixin, Trainer):  # type: ignore[misc]
+        pass
+
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(UnsupportedError, match="distill"):
+        Other(
+            model_for_training(), arguments, train_dataset=data(),
+            gateskip_args=GateSkipTrainingConfig(budget_end=0.7, distill=0.5),
+        )  # fmt: skip
+    with pytest.raises(UnsupportedError, match="distill"):
+        trainer(model_for_training(), tmp_path, {"distill": 0.5}, label_smoothing_factor=0.1)
+
+
+def test_a_gradient_that_is_no_number_changes_nothing(tmp_path: Path) -> None:
+    run = trainer(model_for_training(), tmp_path, {"backbone": "full"})
+    run.model.model.layers[1].mlp.up_proj.weight.register_hook(lambda g: g * float("inf"))
+    before = snapshot(run.model)
+    with pytest.raises(TrainingError, match="gradient's norm"):
+        run.train()
+    assert moved(before, run.model) == set()
+
+
+@pytest.mark.parametrize("extra", [{}, {"decision_gradient": 0.5, "cost_weight": 0.5}])
+def test_previous_keys_and_values_train(tmp_path: Path, extra: dict[str, Any]) -> None:
+    config = {"backbone": "full", "train_gates": True} | extra
+    run = trainer(model_for_training(kv_source="previous"), tmp_path, config, max_steps=2)
+    run.train()
+    assert all(torch.isfinite(p).all() for p in run.model.parameters())
+    entry = next(e for e in run.state.log_history if "loss" in e)
+    assert entry["skip_rate"] > 0.05
+    if extra:
+        assert 0 < entry["expected_cost"] < 1.01
+
+
+def test_grouping_by_length_resumes_inside_the_second_epoch(tmp_path: Path) -> None:
+    def run(folder: str) -> GateSkipTrainer:
+        return trainer(
+            model_for_training(), tmp_path / folder, {"backbone": "full"}, max_steps=7,
+            save_strategy="steps", save_steps=6, train_sampling_strategy="group_by_length",
+        )  # fmt: skip
+
+    whole = run("a")
+    whole.train()
+    again = run("a")
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
+    a, b = ([e["loss"] for e in r.state.log_history if "loss" in e] for r in (whole, again))
+    assert a == b
+
+
+def test_seeds_seed_lora(tmp_path: Path) -> None:
+    def start(seed: int) -> Tensor:
+        torch.rand(seed + 1)  # whatever ran before does not matter
+        run = trainer(model_for_training(), tmp_path, {"backbone": "lora"}, seed=seed)
+        return run.model.model.layers[0].mlp.up_proj.lora_A["default"].weight.detach()
+
+    assert torch.equal(start(3), start(3))
+    assert not torch.equal(start(3), start(4))
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_a_users_own_lora_is_trained_and_several_are_refused(tmp_path: Path) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = model_for_training()
+    inject_adapter_in_model(LoraConfig(r=3, target_modules=["q_proj"]), model)
+    run = trainer(model, tmp_path, {"backbone": "lora", "train_compensation": False})
+    before = snapshot(run.model)
+    run.train()
+    names = moved(before, run.model)
+    assert names
+    assert all(".q_proj.lora_" in n for n in names)
+    inject_adapter_in_model(
+        LoraConfig(r=3, target_modules=["q_proj"]), model, adapter_name="second"
+    )
+    with pytest.raises(UnsupportedError, match="several adapters"):
+        run.finish()
+
+
+def test_a_trained_base_is_not_trained_twice_by_loading(tmp_path: Path) -> None:
+    base = gateskip.detach(model_for_training())
+    run = trainer(model_for_training(), tmp_path / "run", {"backbone": "lora"})
+    run.train()
+    gateskip.save(run.finish(), tmp_path / "saved")
+    model = gateskip.load(tmp_path / "saved", base=base)
+    ids = random_ids(2, 12)
+    with torch.no_grad():
+        expected = model(ids).logits
+    gateskip.detach(model)
+    with pytest.raises(CheckpointError, match="afresh"):
+        gateskip.load(tmp_path / "saved", base=model)
+    gateskip.attach(model)
+    gateskip.save(model, tmp_path / "again")
+    fresh = gateskip.load(tmp_path / "again", base=gateskip.detach(model_for_training()))
+    with torch.no_grad(), dense(model), dense(fresh):
+        torch.testing.assert_close(fresh(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    assert expected.shape == (2, 12, expected.shape[-1])
+
+
+def test_lora_after_lora_resumes(tmp_path: Path) -> None:
+    first = trainer(model_for_training(), tmp_path / "first", {"backbone": "lora"})
+    first.train()
+    gateskip.save(first.finish(), tmp_path / "saved")
+
+    def second() -> GateSkipTrainer:
+        base = gateskip.detach(model_for_training())
+        return trainer(
+            gateskip.load(tmp_path / "saved", base=base), tmp_path / "second",
+            {"backbone": "lora"}, save_strategy="steps", save_steps=2,
+        )  # fmt: skip
+
+    whole = second()
+    whole.train()
+    again = second()
+    again.train(resume_from_checkpoint=str(tmp_path / "second" / "checkpoint-2"))
+    a, b = ([e["loss"] for e in r.state.log_history if "loss" in e] for r in (whole, again))
+    assert a == b
+
+
+def test_dense_around_training_is_refused(tmp_path: Path) -> None:
+    run = trainer(model_for_training(), tmp_path, {"backbone": "full"})
+    with dense(run.model):
+        with dense(run.model):
+            assert not run.model.model._forward_pre_hooks
+        assert not run.model.model._forward_pre_hooks
+        with pytest.raises(UnsupportedError, match="dense"):
+            run.train()
+    assert len(run.model.model._forward_pre_hooks) == 1
+
+
+def test_masked_and_compacted_decisions_have_the_same_gradients(tmp_path: Path) -> None:
+    config = {"backbone": "full", "train_gates": True, "decision_gradient": 0.5}
+    found = []
+    for mode in ("masked", "compacted"):
+        run = trainer(model_for_training(), tmp_path, config)
+        batch = Collator()([run.train_dataset[i] for i in range(4)])
+        run.model.train()
+        with gateskip.execution(run.model, mode):
+            run.compute_loss(run.model, batch).backward()
+        found.append({n: p.grad for n, p in run.model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        scale = float(gradient.abs().max()) + 1e-6
+        torch.testing.assert_close(found[1][name] / scale, gradient / scale, atol=2e-3, rtol=0)
+
+
+def test_evaluation_is_at_one_budget(tmp_path: Path) -> None:
+    run = trainer(
+        model_for_training(), tmp_path,
+        {"backbone": "full", "schedule": "sampled", "budget_start": 1.0, "budget_end": 0.6},
+    )  # fmt: skip
+    losses = set()
+    for step in range(3):
+        run.state.global_step = step
+        losses.add(run.evaluate(data(8))["eval_loss"])
+    assert len(losses) == 1
 
 
 def test_collator_pads_right_and_labels_only_what_counts() -> None:

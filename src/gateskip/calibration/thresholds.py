@@ -11,10 +11,10 @@ from torch import nn
 
 from gateskip.config import ALLOCATIONS, one_of
 from gateskip.data import count_tokens, encode, take_tokens, to_batches
-from gateskip.errors import DataError
+from gateskip.errors import BudgetError, DataError
 from gateskip.fitting.closed_loop import Allocation, closed_loop, keep_all, measure
 from gateskip.skipping.policy import ThresholdTable
-from gateskip.skipping.state import state_of
+from gateskip.skipping.state import GateSkipState, state_of
 
 __all__ = ["calibrate"]
 
@@ -52,11 +52,7 @@ def calibrate(
     one_of("allocation", allocation, ALLOCATIONS)
     samples = take_tokens(encode(data, tokenizer, max_length), max_tokens)
     tokens = count_tokens(samples)
-    if tokens < MINIMUM_TOKENS:
-        raise DataError(
-            f"data has {tokens} tokens; calibration needs at least {MINIMUM_TOKENS}. "
-            "Give more text."
-        )
+    check_tokens(tokens)
     if not state.fitted:
         warnings.warn(
             "the gates were never fitted or trained, so they rank tokens at random; call "
@@ -92,4 +88,27 @@ def calibrate(
         mean_keys=mean_keys,
     )
     state.policy = table
+    _keep_budget(state)
     return table
+
+
+def check_tokens(tokens: int) -> None:
+    """Raise DataError where calibration text is too short."""
+    if tokens < MINIMUM_TOKENS:
+        raise DataError(
+            f"data has {tokens} tokens; calibration needs at least {MINIMUM_TOKENS}. "
+            "Give more text."
+        )
+
+
+def _keep_budget(state: GateSkipState) -> None:
+    """Drop a default budget that the new thresholds do not reach, and say so."""
+    try:
+        state.resolve(state.default_budget)
+    except BudgetError:
+        warnings.warn(
+            f"the default budget {state.default_budget} is below the floor of the new thresholds "
+            "and was taken back; set another, or calibrate with a longer grid.",
+            stacklevel=3,
+        )
+        state.default_budget = None

@@ -47,8 +47,9 @@ def evaluate(
     ] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens per text.")] = 512,
     arm: Annotated[
-        str, typer.Option(help="gateskip, random, or control: the trained backbone, no gates.")
-    ] = "gateskip",
+        str | None,
+        typer.Option(help="control: the trained backbone without gates; else as GATES are."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the training; for the record.")] = None,
     base: BaseOption = None,
     dtype: DtypeOption = "auto",
@@ -57,7 +58,8 @@ def evaluate(
     """Compare the gated model at every budget with the dense model, on the same tokens."""
     options = dict(locals())
     budgets = budgets_of(keep, compute)
-    one_of("arm", arm, ("gateskip", "control", "random"))
+    if arm is not None:
+        one_of("arm", arm, ("gateskip", "control", "random"))
     check_json(json)
     from gateskip.data import read_texts
 

@@ -56,7 +56,10 @@ def train(
     calibrate_every: Annotated[
         int, typer.Option(min=0, help="Steps between calibrations in training; 0: never.")
     ] = 0,
-    kind: Annotated[str, typer.Option(help="Gate kind: low_rank, vector or scalar.")] = "low_rank",
+    kind: Annotated[
+        str | None,
+        typer.Option(help="Gate kind: low_rank (default), vector or scalar; else as --gates."),
+    ] = None,
     fit: Annotated[
         bool, typer.Option("--fit/--no-fit", help="Fit gates first; the paper's order does not.")
     ] = True,
@@ -67,7 +70,7 @@ def train(
         str | None, typer.Option(metavar="DIR", help="Start from these gates instead of a fit.")
     ] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of data order and LoRA.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of data order, LoRA, new gates and random skips.")] = 0,
     dtype: DtypeOption = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --out.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Write into a folder that is not empty.")] = False,
@@ -76,6 +79,7 @@ def train(
     """Train a model to skip, and save gates, thresholds and what changed in the backbone."""
     given = dict(locals())
     from gateskip.config import GateConfig, one_of
+    from gateskip.errors import ConfigError
     from gateskip.retrofit.checkpoint import check_output_folder
 
     one_of("arm", arm, ("gateskip", "control", "random"))
@@ -86,7 +90,11 @@ def train(
     from gateskip.training.config import GateSkipTrainingConfig
 
     importance = "random" if arm == "random" else "mean_logit"
-    config = GateConfig.from_json({"kind": kind, "importance": importance})
+    config = GateConfig.from_json(
+        {"kind": kind or "low_rank", "importance": importance, "seed": seed}
+    )
+    if learning_rate is not None and not learning_rate > 0:
+        raise ConfigError(f"learning_rate={learning_rate!r} must be above 0.")
     options = GateSkipTrainingConfig.from_json(
         {
             "backbone": backbone,
@@ -109,6 +117,7 @@ def train(
     calibration_rows = None if calibration_data is None else read_texts(calibration_data)
 
     import gateskip
+    from gateskip.skipping.state import state_of
     from gateskip.training import recipe
     from gateskip.training.progress import TrainingProgress
 
@@ -120,9 +129,16 @@ def train(
     begun = str(out / recipe.START) if resume else gates
     if begun is not None:
         gated, tokenizer = load_gated(begun, model, chosen)
+        there = state_of(gated).config
+        if arm != "control" and there.importance != importance:
+            raise ConfigError(f"arm={arm!r}, but {begun} has importance={there.importance!r}.")
+        if kind is not None and there.kind != kind:
+            raise ConfigError(f"kind={kind!r}, but {begun} has gates of kind {there.kind!r}.")
     else:
         gated, tokenizer = load_base(model, chosen)
     recipe.check_tokenizer(tokenizer, rows)
+    if not resume:
+        recipe.clear(out)
     if begun is None:
         gateskip.attach(gated, config)
         recipe.start(
@@ -135,7 +151,8 @@ def train(
     import torch
     from transformers import TrainingArguments
 
-    rate = learning_rate or {"full": 1e-4}.get(backbone, 1e-3)
+    default = {"full": 1e-4}.get(backbone, 1e-3)
+    rate = default if learning_rate is None else learning_rate
     arguments = TrainingArguments(
         str(out / recipe.CHECKPOINTS), max_steps=steps, per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulate, learning_rate=rate, seed=seed,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gateskip.config import Budget, one_of
 from gateskip.data import Batch, encode, take_tokens, to_batches
+from gateskip.errors import ConfigError
 from gateskip.execution.api import dense, trace
 from gateskip.fitting.passes import eval_mode
 from gateskip.skipping.ledger import Ledger
@@ -66,7 +67,7 @@ def evaluate(
     max_tokens: int | None = None,
     batch_tokens: int = 2048,
     reference: nn.Module | None = None,
-    arm: str = "gateskip",
+    arm: str | None = None,
     name: str = "",
     seed: int | None = None,
     progress: bool = False,
@@ -79,14 +80,23 @@ def evaluate(
         budgets: what to evaluate. max_tokens: tokens used; None uses all.
         reference: the dense model, where training changed ``model``'s backbone; else ``model``
             itself without gates.
-        arm: ``"gateskip"``, ``"random"``, or ``"control"``: the trained backbone without gates and
-            skipping, instead of budgets. name, seed: for the rows.
+        arm: ``"control"`` for the trained backbone without gates and skipping, instead of budgets;
+            None says ``"gateskip"`` or ``"random"``, as the model is. name, seed: for the rows.
 
     Raises:
         BudgetError: a budget that the model cannot take, before any work. DataError: bad data.
+        ConfigError: another arm than the model is, or no reference where one is needed.
     """
-    one_of("arm", arm, ARMS)
     state = state_of(model)
+    arm = arm or ("random" if state.config.importance == "random" else "gateskip")
+    one_of("arm", arm, ARMS)
+    if arm != "control" and (arm == "random") != (state.config.importance == "random"):
+        raise ConfigError(f"arm={arm!r}, but the model has importance={state.config.importance!r}.")
+    if reference is None and (state.tuned or state.backbone_trained):
+        raise ConfigError(
+            "training changed this model's backbone, so it is not the dense model any more; pass "
+            "that one as reference=."
+        )
     for budget in () if arm == "control" else budgets:
         state.resolve(budget)
     samples = take_tokens(encode(data, tokenizer, max_length), max_tokens)

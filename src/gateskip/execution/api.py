@@ -47,17 +47,24 @@ def attach(model: M, config: GateConfig | None = None) -> M:
     state = GateSkipState(config, family, family.shape(model))
     state.base = fingerprint(model)
     install(model, family, config, state, WIRING)
+    earlier = vars(model).pop("_gateskip_tuned", None)
+    if earlier is not None:
+        state.tuned, state.backbone_trained, state.base = earlier
     return model
 
 
 def detach(model: M) -> M:
     """Take gates and layer subclasses out again; the model is bit for bit what it was.
 
+    What training changed in the backbone stays, and is saved again once gates are attached.
+
     Raises:
         AttachError: the model is not gated.
     """
     state = state_of(model)
     uninstall(model, state.family, WIRING)
+    if state.tuned or state.backbone_trained:
+        vars(model)["_gateskip_tuned"] = (state.tuned, state.backbone_trained, state.base)
     return model
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gateskip.config import Budget, GateConfig
-from gateskip.errors import CheckpointError, UnsupportedError
+from gateskip.errors import CheckpointError
 from gateskip.execution.api import attach, detach
 from gateskip.retrofit.attach import gated_branches
 from gateskip.retrofit.checkpoint import read_backbone, read_checkpoint, write_checkpoint
@@ -53,12 +53,13 @@ def save(
                 for name, tensor in child.state_dict().items():
                     gate = part == "skip_gate"
                     tensors[f"{layer}.{kind}.{part}.{name}"] = _stored(tensor, dtype, gate)
-    for name, pair in joined(state.tuned, live_factors(model)).items():
-        for factor, tensor in zip(("down", "up"), pair, strict=True):
-            tensors[f"lora.{name}.{factor}"] = _stored(tensor, dtype, False)
+    for prefix, factors in (("merged", state.tuned), ("lora", live_factors(model))):
+        for name, pair in factors.items():
+            for factor, tensor in zip(("down", "up"), pair, strict=True):
+                tensors[f"{prefix}.{name}.{factor}"] = _stored(tensor, dtype, False)
     backbone: dict[str, Tensor] | None = None
     if state.backbone_trained:
-        backbone = {n: p for n, p in model.named_parameters() if ".skip_" not in n}
+        backbone = _backbone(model)
     config = {
         "gateskip_version": __version__,
         "gate": state.config.to_json(),
@@ -116,8 +117,12 @@ def load(
             raise CheckpointError(
                 f"base model {name!r} could not be loaded ({error}); pass base=."
             ) from error
+    if "_gateskip_tuned" in vars(model):
+        raise CheckpointError(
+            "the base model's weights were changed by an earlier training; load it afresh."
+        )
     check_fingerprint(base_info, model, str(folder))
-    tuned = _take_factors(tensors)
+    tuned = joined(_take_factors(tensors, "merged"), _take_factors(tensors, "lora"))
     backbone = read_backbone(folder) if config.get("backbone_trained") else None
     attach(model, gate)
     try:
@@ -143,12 +148,23 @@ def _folder(path: str | Path) -> Path:
         ) from error
 
 
-def _take_factors(tensors: dict[str, Tensor]) -> Factors:
+def _backbone(model: nn.Module) -> dict[str, Tensor]:
+    """The backbone's weights under the names that they have without LoRA layers."""
+    return {
+        name.replace(".base_layer.", "."): p
+        for name, p in model.named_parameters()
+        if ".skip_" not in name and ".lora_" not in name
+    }
+
+
+def _take_factors(tensors: dict[str, Tensor], prefix: str) -> Factors:
     """Move the backbone's factors out of a checkpoint's tensors."""
-    names = {n.removeprefix("lora.").rpartition(".")[0] for n in tensors if n.startswith("lora.")}
+    begin = f"{prefix}."
+    names = {n.removeprefix(begin).rpartition(".")[0] for n in tensors if n.startswith(begin)}
     try:
         return {
-            n: (tensors.pop(f"lora.{n}.down"), tensors.pop(f"lora.{n}.up")) for n in sorted(names)
+            n: (tensors.pop(f"{begin}{n}.down"), tensors.pop(f"{begin}{n}.up"))
+            for n in sorted(names)
         }
     except KeyError as error:
         raise CheckpointError(f"tensor {error} is missing; save again.") from error
@@ -157,11 +173,15 @@ def _take_factors(tensors: dict[str, Tensor]) -> Factors:
 def _tune(model: nn.Module, tuned: Factors, backbone: dict[str, Tensor] | None, where: str) -> None:
     """Bring the backbone to where training left it."""
     state = state_of(model)
+    if backbone is not None:
+        _fill_backbone(model, backbone, where)
+        state.backbone_trained = True
     merge(model, tuned)
     state.tuned = tuned
-    if backbone is None:
-        return
-    mine = {n: p for n, p in model.named_parameters() if ".skip_" not in n}
+
+
+def _fill_backbone(model: nn.Module, backbone: dict[str, Tensor], where: str) -> None:
+    mine = _backbone(model)
     if mine.keys() != backbone.keys():
         name = next(iter(mine.keys() ^ backbone.keys()))
         raise CheckpointError(f"{where}: backbone weight {name!r} is missing or unknown.")
@@ -170,7 +190,6 @@ def _tune(model: nn.Module, tuned: Factors, backbone: dict[str, Tensor] | None, 
             if weight.shape != backbone[name].shape or not weight.is_floating_point():
                 raise CheckpointError(f"{where}: backbone weight {name!r} does not fit.")
             weight.copy_(backbone[name])
-    state.backbone_trained = True
 
 
 def restore(model: nn.Module, path: str | Path) -> dict[str, Any]:
@@ -188,14 +207,14 @@ def restore(model: nn.Module, path: str | Path) -> dict[str, Any]:
     if theirs != mine:
         names = [k for k in mine if not isinstance(theirs, dict) or theirs.get(k) != mine[k]]
         raise CheckpointError(f"{path} was made with another gate config ({', '.join(names)}).")
-    tuned = _take_factors(tensors)
-    if state.tuned:
-        raise UnsupportedError("LoRA was merged before; restore into a freshly loaded model.")
-    if tuned:
-        load_live(model, tuned)
+    merged, live = _take_factors(tensors, "merged"), _take_factors(tensors, "lora")
+    if merged.keys() != state.tuned.keys():
+        raise CheckpointError(f"{path} belongs to a model with another training before this one.")
+    if live:
+        load_live(model, live)
     fill(model, config, tensors, str(path))
     if config.get("backbone_trained"):
-        _tune(model, {}, read_backbone(Path(path)), str(path))
+        _fill_backbone(model, read_backbone(Path(path)), str(path))
     return config
 
 

@@ -177,7 +177,12 @@ def _finish_whole(branch: _Branch, h: Tensor, u: Tensor, o: Tensor, keep: Tensor
         return h + o
     if keep is None:
         return join(h, o, u, gate)
-    return masked_join(h, o, u, gate, keep, call.everyone(), branch.compensation)
+    out = masked_join(h, o, u, gate, keep, call.everyone(), branch.compensation)
+    if call.objective is None:
+        return out
+    kept = keep.flatten().nonzero()[:, 0]
+    o_MH, u_MH = (t.flatten(0, 1).index_select(0, kept) for t in (o, u))
+    return _learnable(branch, out.flatten(0, 1), o_MH, u_MH, kept).view_as(h)
 
 
 def _attention_single(

@@ -29,6 +29,7 @@ __all__ = [
     "gate_of",
     "gated_branches",
     "install",
+    "is_gated",
     "layers_of",
     "resume",
     "suspend",
@@ -152,6 +153,11 @@ def uninstall(model: nn.Module, family: FamilySpec, wiring: Wiring) -> None:
         vars(owner).pop(STATE_ATTRIBUTE, None)
 
 
+def is_gated(model: nn.Module, family: FamilySpec) -> bool:
+    """Whether the layers of an attached model skip now, and are not suspended."""
+    return all("_gateskip_base" in vars(type(layer)) for layer in layers_of(model, family)[:1])
+
+
 def gate_of(module: nn.Module) -> Gate:
     """The gate of a branch module."""
     found = getattr(module, GATE_NAME)
@@ -172,16 +178,19 @@ def suspend(model: nn.Module, family: FamilySpec, wiring: Wiring) -> dict[str, A
         if base is not None:
             layer.__class__ = base
     hooks = decoder._forward_pre_hooks
-    for hook_id in [i for i, hook in hooks.items() if hook is wiring.decoder_hook]:
+    mine = [i for i, hook in hooks.items() if hook is wiring.decoder_hook]
+    for hook_id in mine:
         del hooks[hook_id]
         decoder._forward_pre_hooks_with_kwargs.pop(hook_id, None)
-    return {"classes": classes, "generate": vars(model).pop("generate", None)}
+    generate = vars(model).pop("generate", None)
+    return {"classes": classes, "generate": generate, "hooked": bool(mine)}
 
 
 def resume(model: nn.Module, family: FamilySpec, wiring: Wiring, kept: dict[str, Any]) -> None:
     """Undo :func:`suspend`."""
     for layer, cls in zip(layers_of(model, family), kept["classes"], strict=True):
         layer.__class__ = cls
-    decoder_of(model, family).register_forward_pre_hook(wiring.decoder_hook, with_kwargs=True)
+    if kept["hooked"]:  # not within another suspension
+        decoder_of(model, family).register_forward_pre_hook(wiring.decoder_hook, with_kwargs=True)
     if kept["generate"] is not None:
         vars(model)["generate"] = kept["generate"]

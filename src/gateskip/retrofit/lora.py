@@ -15,12 +15,19 @@ from torch import Tensor, nn
 
 from gateskip.errors import CheckpointError, UnsupportedError
 
-__all__ = ["Factors", "joined", "live_factors", "load_live", "merge", "merge_live", "without_lora"]
+__all__ = [
+    "Factors",
+    "joined",
+    "live_factors",
+    "load_live",
+    "merge",
+    "merge_live",
+    "mergeable",
+    "without_lora",
+]
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Module name to (down [R, I], up [O, R]); the change of its weight is up · down."""
-
-ADAPTER = "default"
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -38,6 +45,11 @@ def live_factors(model: nn.Module) -> Factors:
     found: Factors = {}
     for name, module in _lora_layers(model):
         adapters = list(module.lora_A)
+        if len(adapters) > 1:
+            raise UnsupportedError(
+                f"{name} has several adapters ({', '.join(adapters)}); keep one, or merge the "
+                "others into the model first."
+            )
         if getattr(module, "lora_variant", None) or len(module.lora_embedding_A):
             raise UnsupportedError(
                 f"{name} has a LoRA variant that gateskip cannot save; use plain LoRA on linear "
@@ -92,33 +104,43 @@ def merge(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Non
     Raises:
         CheckpointError: no such module, or another shape. UnsupportedError: quantised weights.
     """
-    for name, (down, up) in factors.items():
+    weights: dict[str, Tensor] = {}
+    for name, (down, up) in factors.items():  # all checks before the first change
         try:
-            weight = model.get_submodule(name).weight
+            module: Any = model.get_submodule(name)
         except AttributeError as error:
             raise CheckpointError(f"the backbone's change names {name!r}, not in it.") from error
-        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-            raise UnsupportedError(
-                f"{name} is quantised, so the trained change cannot be merged into it; load "
-                "without quantization_config and quantise afterwards."
-            )
-        if weight.shape != (up.shape[0], down.shape[1]):
+        weights[name] = mergeable(name, getattr(module, "base_layer", module))
+        if weights[name].shape != (up.shape[0], down.shape[1]):
             raise CheckpointError(f"the change of {name} has another shape than its weight.")
+    for name, (down, up) in factors.items():
+        weight = weights[name]
         with torch.no_grad():
             change = up.to(weight.device).float() @ down.to(weight.device).float()
             weight.copy_((weight.float() + change).to(weight.dtype))
 
 
+def mergeable(name: str, layer: nn.Module) -> nn.Parameter:
+    """The weight of a linear layer. Raises UnsupportedError where it is quantised."""
+    weight = layer._parameters.get("weight")
+    if type(layer) is not nn.Linear or weight is None or not weight.is_floating_point():
+        raise UnsupportedError(
+            f"{name} is quantised or no plain linear layer, so a trained change cannot be merged "
+            "into it; train without quantization_config and quantise afterwards."
+        )
+    return weight
+
+
 def merge_live(model: nn.Module) -> Factors:
     """Merge PEFT's LoRA layers and put the plain layers back; returns their factors."""
     factors = {n: (d.float().cpu(), u.float().cpu()) for n, (d, u) in live_factors(model).items()}
+    merge(model, factors)
     for name, module in list(_lora_layers(model)):
         parent, _, child = name.rpartition(".")
         base = module.base_layer
         # PEFT froze it; a model without adapters is trainable, as it was loaded.
         base.requires_grad_(base.weight.is_floating_point())
         setattr(model.get_submodule(parent), child, base)
-    merge(model, factors)
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         vars(model).pop(attribute, None)
     return factors

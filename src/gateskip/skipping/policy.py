@@ -65,7 +65,7 @@ class ThresholdTable:
         high, low = values[position - 1], values[min(position, len(values) - 1)]
         share = 0.0 if high == low else (high - asked) / (high - low)
         return tuple(
-            a + share * (b - a)
+            a if a == b else a + share * (b - a)  # equal infinities have no difference
             for a, b in zip(self.thresholds[position - 1], self.thresholds[position], strict=True)
         )
 

@@ -11,7 +11,7 @@ from torch import nn
 from gateskip.errors import ConfigError, UnsupportedError
 from gateskip.gates import Gate
 from gateskip.retrofit.attach import gated_branches, layers_of
-from gateskip.retrofit.lora import joined, live_factors, merge_live
+from gateskip.retrofit.lora import joined, live_factors, merge_live, mergeable
 from gateskip.skipping.compensation import Compensation, set_compensation
 from gateskip.skipping.state import state_of
 from gateskip.training.config import GateSkipTrainingConfig
@@ -70,7 +70,8 @@ def _free(model: nn.Module) -> None:
             continue
         if not parameter.is_floating_point():
             raise UnsupportedError(
-                f"{name} is quantised; backbone='full' cannot train it, use backbone='lora'."
+                f"{name} is quantised; load the model without quantization_config, train, and "
+                "quantise afterwards."
             )
         parameter.requires_grad_(True)
     dtype = next(model.parameters()).dtype
@@ -83,21 +84,24 @@ def _free(model: nn.Module) -> None:
 
 
 def _add_lora(model: nn.Module, config: GateSkipTrainingConfig) -> None:
-    if live_factors(model):
-        return  # the user brought their own
+    if live_factors(model):  # the user's own, or an earlier trainer's
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+        return
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ConfigError("backbone='lora' needs PEFT: pip install gateskip[train].") from error
     state = state_of(model)
-    names = sorted(
-        {
-            name
-            for layer in layers_of(model, state.family)
-            for name, module in layer.named_modules()
-            if isinstance(module, nn.Linear)
-        }
-    )
+    linear = [
+        (name, module)
+        for layer in layers_of(model, state.family)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    for name, module in linear:
+        mergeable(name, module)  # now, not when training is over
+    names = sorted({name for name, _ in linear})
     options: Any = {
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,

@@ -10,6 +10,7 @@ from gateskip.training.config import GateSkipTrainingConfig
 
 __all__ = ["write_card"]
 
+MARK = "Trained with gateskip (arXiv 2510.13876)"
 TEXT = """---
 library_name: gateskip
 base_model: {base}
@@ -24,7 +25,7 @@ less, under a budget chosen at run time, down to `compute={floor:.2f}`.
 import gateskip
 
 model = gateskip.load("{folder}", base="{base}")
-gateskip.set_budget(model, compute=0.85)
+gateskip.set_budget(model, compute={budget:.2f})
 ```
 
 | | |
@@ -51,17 +52,18 @@ def write_card(
     command: str,
     gate: GateConfig,
     options: GateSkipTrainingConfig,
+    arm: str,
     steps: int,
     seed: int,
     loss: float,
     seconds: float,
     floor: float,
 ) -> None:
-    """Write ``README.md`` into ``folder`` unless somebody wrote one."""
+    """Write ``README.md`` into ``folder``, unless somebody wrote another."""
     from gateskip import __version__
 
     target = folder / "README.md"
-    if target.exists():
+    if target.exists() and MARK not in target.read_text(encoding="utf-8"):
         return
     backbone = {
         "frozen": "frozen",
@@ -70,7 +72,8 @@ def write_card(
     }[options.backbone]
     rank = f" of rank {gate.compensation_rank}" if gate.compensation == "low_rank" else ""
     text = TEXT.format(
-        base=Path(base).name, folder=folder.name, floor=floor, arm=options.arm, command=command,
+        base=Path(base).name if Path(base).is_absolute() else base, budget=max(0.85, floor + 0.01),
+        folder=folder.name, floor=floor, arm=arm, command=command,
         kind=gate.kind, gates="trained" if options.train_gates else "as fitted",
         compensation=f"{gate.compensation}{rank}"
         + (", trained" if options.train_compensation else ""),

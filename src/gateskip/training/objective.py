@@ -151,6 +151,7 @@ def head_loss(
     target_N: Tensor,
     teacher_NH: Tensor | None = None,
     distill: float = 0.0,
+    teacher_head: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(Σ cross-entropy, Σ KL(teacher ‖ student)) over labelled positions, float32.
 
@@ -158,9 +159,10 @@ def head_loss(
 
     Args:
         head: the LM head. hidden_NH, teacher_NH: its inputs, the teacher's without a graph.
+        teacher_head: the teacher's, where it is another.
     """
     zero = hidden_NH.new_zeros((), dtype=torch.float32)
-    loss, kl = zero, zero
+    loss, kl = hidden_NH.float().sum() * 0.0, zero  # a graph, also where nothing is labelled
 
     def chunk(h: Tensor, target: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
         logits = head(h).float()
@@ -168,7 +170,7 @@ def head_loss(
         if teacher is None:
             return entropy, zero
         with torch.no_grad():
-            wanted = head(teacher).float().log_softmax(-1)
+            wanted = (teacher_head or head)(teacher).float().log_softmax(-1)
         divergence = nn.functional.kl_div(
             logits.log_softmax(-1), wanted, reduction="sum", log_target=True
         )

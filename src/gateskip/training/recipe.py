@@ -17,19 +17,19 @@ from torch import nn
 from transformers.trainer_callback import PrinterCallback
 
 from gateskip.calibration.thresholds import calibrate
+from gateskip.config import GateConfig
 from gateskip.errors import CheckpointError, ConfigError
 from gateskip.execution.checkpoint import save
 from gateskip.fitting.closed_form import fit
 from gateskip.skipping.state import state_of
 from gateskip.training.card import write_card
+from gateskip.training.checkpoints import CHECKPOINTS, START, clear, last_checkpoint
 from gateskip.training.config import GateSkipTrainingConfig
 from gateskip.training.dataset import make_dataset
-from gateskip.training.trainer import CONFIG_FILE, GateSkipTrainer
+from gateskip.training.trainer import GateSkipTrainer
 
-__all__ = ["TrainReport", "last_checkpoint", "start", "train"]
+__all__ = ["CHECKPOINTS", "START", "TrainReport", "clear", "last_checkpoint", "start", "train"]
 
-START = "start"
-CHECKPOINTS = "checkpoints"
 CALIBRATION_GRID = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.42, 0.35)
 
 
@@ -49,19 +49,6 @@ class TrainReport:
     loss: float
     history: list[dict[str, float]]
     floor: float
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint: the trainer writes its state last."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]))
-    for path in reversed(found):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            continue
-        if (path / CONFIG_FILE).is_file():
-            return path
-    return None
 
 
 def start(
@@ -133,12 +120,13 @@ def train(
     policy = state_of(model).policy
     if options.arm == "gateskip":
         how: dict[str, Any] = {}
+        grid: tuple[float, ...] = CALIBRATION_GRID
         if policy is not None:
             how = {"allocation": policy.allocation, "weigh_cost": policy.weigh_cost}
+            grid += tuple(keep for keep in policy.keep if keep < grid[-1])
         policy = calibrate(
-            model, texts, tokenizer, max_length=max_length, grid=CALIBRATION_GRID,
-            progress=progress, **how,
-        )  # fmt: skip
+            model, texts, tokenizer, max_length=max_length, grid=grid, progress=progress, **how
+        )
     save(model, out)
     report = TrainReport(
         steps=int(trainer.state.global_step),
@@ -151,10 +139,16 @@ def train(
     state = state_of(model)
     write_card(
         out, base=str(state.base.get("name_or_path") or "the base model"), command=command,
-        gate=state.config, options=options, steps=report.steps, seed=int(arguments.seed),
+        gate=state.config, options=options, arm=arm_of(state.config, options),
+        steps=report.steps, seed=int(arguments.seed),
         loss=report.loss, seconds=seconds, floor=report.floor,
     )  # fmt: skip
     return report
+
+
+def arm_of(gate: GateConfig, options: GateSkipTrainingConfig) -> str:
+    """``"gateskip"``, ``"control"`` or ``"random"``."""
+    return "random" if gate.importance == "random" else options.arm
 
 
 def _steps(checkpoint: Path) -> int:

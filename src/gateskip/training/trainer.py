@@ -6,9 +6,7 @@ Shapes: B rows, T tokens, N labelled positions, H hidden.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,17 +14,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerState
+from torch.nn.utils import get_total_norm
+from transformers import Trainer, TrainerCallback, TrainerState, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from gateskip.calibration.thresholds import calibrate
+from gateskip.calibration.thresholds import calibrate, check_tokens
 from gateskip.config import Budget
 from gateskip.costs import saved_macs
-from gateskip.errors import CheckpointError, ConfigError, TrainingError, UnsupportedError
+from gateskip.data import count_tokens, encode
+from gateskip.errors import ConfigError, TrainingError, UnsupportedError
 from gateskip.execution.api import dense
 from gateskip.execution.checkpoint import restore, save
+from gateskip.retrofit.attach import is_gated
 from gateskip.retrofit.lora import without_lora
-from gateskip.skipping.state import override, state_of
+from gateskip.skipping.state import GateSkipState, override, state_of
 from gateskip.training import backbone
+from gateskip.training.checkpoints import (
+    check_options,
+    last_checkpoint,
+    run_options,
+    write_options,
+)
 from gateskip.training.config import GateSkipTrainingConfig
 from gateskip.training.dataset import Collator, TokenDataset
 from gateskip.training.objective import GateObjective, SkipMeter, head_loss, labelled
@@ -34,10 +42,10 @@ from gateskip.training.schedule import budget_at
 
 __all__ = ["GateSkipMixin", "GateSkipTrainer"]
 
-CONFIG_FILE = "gateskip_training.json"
 ARGUMENTS_FILE = "training_args.bin"
 #: Short: training needs thresholds near the truth, the final calibration finds them exactly.
-CALIBRATION = {"max_tokens": 4_000, "grid": (0.92, 0.84, 0.75, 0.65, 0.55, 0.45, 0.35)}
+CALIBRATION_GRID = (0.92, 0.84, 0.75, 0.65, 0.55, 0.45, 0.35)
+CALIBRATION_TOKENS = 4_000
 
 
 class GateSkipMixin:
@@ -62,6 +70,10 @@ class GateSkipMixin:
     ) -> None:
         gated = state_of(model)
         config = gateskip_args or GateSkipTrainingConfig()
+        arguments = kwargs.get("args") or (args[0] if args else None)
+        _check(config, gated, arguments)
+        if arguments is not None:
+            set_seed(arguments.seed)  # LoRA's initial weights come before the Trainer's own seeding
         self.gateskip_args = config
         self.calibration_data = calibration_data
         if config.calibrate_every and calibration_data is None:
@@ -69,6 +81,8 @@ class GateSkipMixin:
                 f"calibrate_every={config.calibrate_every} needs calibration_data= (texts or id "
                 "tensors)."
             )
+        if config.calibrate_every:
+            check_tokens(count_tokens(encode(calibration_data)))
         self._skips = config.arm == "gateskip"
         if self._skips and gated.policy is None:
             warnings.warn(
@@ -77,10 +91,7 @@ class GateSkipMixin:
                 stacklevel=2,
             )
         elif self._skips:
-            lowest = budget_at(config, 10**9, 1, 0) if config.schedule == "linear" else Budget(
-                **{config.budget_unit: config.budget_end}
-            )  # fmt: skip
-            gated.resolve(lowest)  # below the floor: now, not in an hour
+            gated.resolve(Budget(**{config.budget_unit: config.budget_end}))  # not in an hour
         backbone.prepare(model, config)
         self._meter = SkipMeter()
         self._sums: dict[str, float] = {}
@@ -89,8 +100,16 @@ class GateSkipMixin:
         #: Valid tokens trained on by this process since it began.
         self.tokens_seen = 0
         super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
-        if self._teaches and getattr(self.args, "world_size", 1) > 1:
-            raise UnsupportedError("distill= works in one process only; set distill=0.")
+        if getattr(self.args, "n_gpu", 1) > 1:
+            raise UnsupportedError(
+                "several GPUs in one process (DataParallel) lose this thread's budget; start one "
+                "process per GPU (torchrun, accelerate launch)."
+            )
+        if self._teaches and not self._plain():
+            raise UnsupportedError(
+                f"distill={config.distill} needs GateSkipTrainer's own loss: one process, no label "
+                "smoothing, no compute_loss_func, no other trainer's; set distill=0."
+            )
         self._teacher = self._copy() if self._teaches and config.backbone == "full" else None
 
     @property
@@ -106,17 +125,44 @@ class GateSkipMixin:
             copy: nn.Module = AutoModelForCausalLM.from_config(
                 self.model.config, dtype=next(self.model.parameters()).dtype
             )
-            copy.load_state_dict(weights, strict=False)
+            missing = copy.load_state_dict(weights, strict=False).missing_keys
+        if set(missing) - set(getattr(copy, "_tied_weights_keys", None) or ()):
+            raise UnsupportedError(f"the teacher's copy lacks {missing[0]!r}; set distill=0.")
         return copy.to(next(self.model.parameters()).device).eval().requires_grad_(False)
 
     # -- one step ---------------------------------------------------------------------------
 
     def current_budget(self) -> Budget:
-        """The budget of the current optimiser step."""
-        if not self._skips or state_of(self.model).policy is None:
+        """The budget of the current optimiser step, not below what the thresholds reach."""
+        policy = state_of(self.model).policy
+        if not self._skips or policy is None:
             return Budget(compute=1.0)
         steps = max(int(self.state.max_steps), 1)
-        return budget_at(self.gateskip_args, self.state.global_step, steps, self.args.seed)
+        found = budget_at(self.gateskip_args, self.state.global_step, steps, self.args.seed)
+        return self._within(found)
+
+    def _within(self, budget: Budget) -> Budget:
+        """Thresholds found again while training may end a little above the first ones' floor."""
+        policy, unit = state_of(self.model).policy, self.gateskip_args.budget_unit
+        assert policy is not None
+        asked: float = getattr(budget, unit)
+        return Budget(**{unit: min(1.0, max(asked, policy.floor(unit)))})
+
+    def evaluation_budget(self) -> Budget:
+        """The lowest budget of the schedule: figures of different steps are of one budget."""
+        if not self._skips or state_of(self.model).policy is None:
+            return Budget(compute=1.0)
+        return self._within(
+            Budget(**{self.gateskip_args.budget_unit: self.gateskip_args.budget_end})
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """As the Trainer's; grouping by length is seeded per epoch, so that resuming repeats it."""
+        sampler = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        if type(sampler) is LengthGroupedSampler:
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return SeededLengths(sampler.batch_size, sampler.lengths, seed)
+        return sampler
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; also counts the valid tokens of the whole accumulated batch."""
@@ -143,7 +189,9 @@ class GateSkipMixin:
         if training and "attention_mask" in inputs:
             self.tokens_seen += int(inputs["attention_mask"].sum())
         objective = self._objective() if training else None
-        budget = self.current_budget()
+        budget = self.current_budget() if training else self.evaluation_budget()
+        if self._skips and not is_gated(self.model, state_of(self.model).family):
+            raise UnsupportedError("the model runs dense here, so it cannot learn to skip.")
         items = num_items_in_batch if training else None
         with self._context(budget, objective, training):
             if training and self._plain():
@@ -157,8 +205,6 @@ class GateSkipMixin:
                 found, outputs = found if return_outputs else (found, None)
         if not training:
             return (found, outputs) if return_outputs else found
-        if not math.isfinite(float(found.detach())):
-            raise TrainingError(self._not_finite(float(found.detach())))
         tokens = self._valid if items is not None else None
         if objective is not None and config.penalty:
             mean = objective.mean(tokens)
@@ -168,6 +214,8 @@ class GateSkipMixin:
             cost = objective.cost(tokens)
             self._note("expected_cost", cost)
             found = found + config.cost_weight * cost
+        if not math.isfinite(float(found.detach())):
+            raise TrainingError(self._not_finite("the loss", float(found.detach())))
         self._note("budget", budget.keep or budget.compute or 1.0)
         self._counts += 1
         return (found, outputs) if return_outputs else found
@@ -209,7 +257,10 @@ class GateSkipMixin:
         with self.accelerator.autocast():  # the Trainer wraps model.forward, not the decoder's
             hidden_NH = decoder(**given, use_cache=False).last_hidden_state[:, :-1][chosen_BT]
             teacher_NH = self._taught(given)[:, :-1][chosen_BT] if self._teaches else None
-            loss, kl = head_loss(head, hidden_NH, target_N, teacher_NH, self.gateskip_args.distill)
+            loss, kl = head_loss(
+                head, hidden_NH, target_N, teacher_NH, self.gateskip_args.distill,
+                head if self._teacher is None else self._teacher.get_submodule("lm_head"),
+            )  # fmt: skip
         n = target_N.shape[0] if items is None else items
         loss, kl = loss / n, kl / n
         self._note("cross_entropy", loss)
@@ -233,12 +284,11 @@ class GateSkipMixin:
             decoder = self.model.get_submodule(family.decoder)
             return decoder(**given, use_cache=False).last_hidden_state
 
-    def _not_finite(self, value: float) -> str:
-        folder = Path(self.args.output_dir)
-        saved = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]))
-        kept = f"the last good checkpoint is {saved[-1]}" if saved else "none was saved yet"
+    def _not_finite(self, what: str, value: float) -> str:
+        saved = last_checkpoint(Path(self.args.output_dir))
+        kept = "none was saved yet" if saved is None else f"the last good checkpoint is {saved}"
         return (
-            f"the loss is {value} at step {self.state.global_step}; training stopped before the "
+            f"{what} is {value} at step {self.state.global_step}; training stopped before the "
             f"weights changed, {kept}. Lower learning_rate, or look at the data of that step."
         )
 
@@ -287,29 +337,19 @@ class GateSkipMixin:
             return
         folder = Path(output_dir or self.args.output_dir)
         save(self.model, folder)
-        temporary = folder / f".{CONFIG_FILE}"
-        temporary.write_text(json.dumps(self.gateskip_args.to_json(), indent=2) + "\n")
-        os.replace(temporary, folder / CONFIG_FILE)
+        write_options(folder, self._options())
         if getattr(self, "processing_class", None) is not None:
             self.processing_class.save_pretrained(folder)  # type: ignore[attr-defined]
         torch.save(self.args, folder / ARGUMENTS_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        try:
-            theirs = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise CheckpointError(
-                f"{folder} is no checkpoint of a gateskip training ({error})."
-            ) from error
-        mine = self.gateskip_args.to_json()
-        other = [f"{k}={theirs.get(k)!r}" for k in mine if theirs.get(k) != mine[k]]
-        if other:
-            raise CheckpointError(
-                f"{folder} was trained with other options ({', '.join(other)}); use the same, or "
-                "another output folder."
-            )
+        check_options(folder, self._options())
         restore(self.model, folder)
+
+    def _options(self) -> dict[str, Any]:
+        data = getattr(self, "train_dataset", None)
+        return run_options(self.gateskip_args, self.args, data)
 
     def take(self, checkpoint: Path) -> None:
         """Be where a finished training's last checkpoint is."""
@@ -320,11 +360,49 @@ class GateSkipMixin:
         restore(self.model, self.state.best_model_checkpoint)
 
 
+def _check(config: GateSkipTrainingConfig, gated: GateSkipState, arguments: Any) -> None:
+    """Combinations that would train something else than was asked for."""
+    if config.decision_gradient and gated.config.importance != "mean_logit":
+        raise ConfigError(
+            f"decision_gradient={config.decision_gradient} moves the mean logit, but the model "
+            f"decides by importance={gated.config.importance!r}; set it to 0."
+        )
+    how = getattr(arguments, "gradient_checkpointing_kwargs", None) or {}
+    reentrant = getattr(arguments, "gradient_checkpointing", False) and how.get("use_reentrant")
+    if reentrant and gated.config.kv_source == "previous":
+        raise UnsupportedError(
+            "kv_source='previous' hands keys from layer to layer, whose gradients reentrant "
+            "checkpointing drops; pass gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )
+
+
+class SeededLengths(LengthGroupedSampler):  # type: ignore[misc]
+    """Groups of like length, the same in every run of an epoch."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before every epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed * 100_003 + self.epoch)
+        return super().__iter__()
+
+
 class _AfterStep(TrainerCallback):  # type: ignore[misc]
     """Finds thresholds again while training: what the model computes has moved."""
 
     def __init__(self, trainer: GateSkipMixin) -> None:
         self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        parameters = self.trainer.model.parameters()
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not math.isfinite(float(norm)):
+            raise TrainingError(self.trainer._not_finite("the gradient's norm", float(norm)))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         config = self.trainer.gateskip_args
@@ -338,11 +416,11 @@ def recalibrate(model: nn.Module, data: Any) -> None:
     """A short calibration by the rules of the one before."""
     policy = state_of(model).policy
     how: dict[str, Any] = {}
+    grid: tuple[float, ...] = CALIBRATION_GRID
     if policy is not None:
         how = {"allocation": policy.allocation, "weigh_cost": policy.weigh_cost}
-    tokens: Any = CALIBRATION["max_tokens"]
-    grid: Any = CALIBRATION["grid"]
-    calibrate(model, data, max_tokens=tokens, grid=grid, **how)
+        grid += tuple(keep for keep in policy.keep if keep < grid[-1])
+    calibrate(model, data, max_tokens=CALIBRATION_TOKENS, grid=grid, **how)
 
 
 class GateSkipTrainer(GateSkipMixin, Trainer):  # type: ignore[misc]
