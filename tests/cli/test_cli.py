@@ -140,6 +140,7 @@ def test_train_arms(folder: Path, tmp_path: Path, arm: str) -> None:
         (("--resume",), "no training to resume"),
         (("--data", "no/such"), "neither a file nor a dataset"),
         (("--data", "no.jsonl"), "not a file"),
+        (("--learning-rate", "0"), "learning_rate=0.0"),
     ],
 )
 def test_train_bad_input(
@@ -148,6 +149,38 @@ def test_train_bad_input(
     given = ("--data", folder / "data.jsonl", "--out", tmp_path / "out", *arguments)
     assert match in fails(capsys, "train", folder / "base", *given)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_arm_is_what_the_gates_are(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ("--data", folder / "data.jsonl")
+    start = ("train", folder / "base", *data, "--out", tmp_path / "out", "--gates")
+    gates = folder / "gates"
+    assert "importance='mean_logit'" in fails(capsys, *start, gates, "--arm", "random")
+    assert "gates of kind 'low_rank'" in fails(capsys, *start, gates, "--kind", "vector")
+    assert "importance='mean_logit'" in fails(capsys, "eval", gates, *data, "--arm", "random")
+
+
+def test_an_overwritten_training_is_not_resumed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    from gateskip.training import recipe
+
+    out = tmp_path / "out"
+    start = ("train", folder / "base", "--data", folder / "data.jsonl", "--out", out)
+    run(*start, "--gates", folder / "gates", *TRAIN)
+    before = (out / "gateskip_model.safetensors").read_bytes()
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "start", interrupted)
+    result = CliRunner().invoke(app, [str(a) for a in (*start, *TRAIN, "--overwrite")])
+    assert result.exit_code != 0
+    monkeypatch.undo()
+    assert "no training to resume" in fails(capsys, *start, *TRAIN, "--resume")
+    assert (out / "gateskip_model.safetensors").read_bytes() == before, "nothing is lost"
 
 
 def test_train_says_when_there_is_no_chat_template(
