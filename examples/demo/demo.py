@@ -30,7 +30,7 @@ from gateskip.explain.usage import branch_usage
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parents[1] / "demo-output"
 PRETRAINED = HERE.parents[1] / "pretrained" / "smollm2-135m-instruct"
-STEPS = 12
+STEPS, TOKENS = 8, 6_000
 BUDGETS = (0.95, 0.9, 0.85, 0.75, 0.6)
 QUESTION = (
     "A baker has 24 rolls. She sells 9 in the morning and bakes 12 more. How many rolls are there?"
@@ -62,7 +62,7 @@ def main() -> None:
 
     console.rule("2. Quality against speed, on text that was not used to fit")
     budgets = [gateskip.Budget(compute=max(c, table.floor("compute"))) for c in BUDGETS]
-    rows = evaluate(model, heldout, tokenizer, budgets=budgets, max_tokens=8_000, progress=True)
+    rows = evaluate(model, heldout, tokenizer, budgets=budgets, max_tokens=TOKENS, progress=True)
     ids = text_ids(heldout, tokenizer, (4, 512 + 24), 5)
     speed = run_bench(
         model, ids, budgets=budgets, new_tokens=24, repeats=5, compiled=False, masked=False,
@@ -134,10 +134,12 @@ def trained(
     except gateskip.CheckpointError as error:
         console.print(f"The trained gates do not belong to this copy of the model: {error}")
         return
-    budgets = [gateskip.Budget(compute=c) for c in (1.0, 0.9, 0.75, 0.6)]
-    rows = evaluate(model, heldout, tokenizer, budgets=budgets, max_tokens=8_000, progress=True)
+    budgets = [gateskip.Budget(compute=c) for c in (0.9, 0.75, 0.6)]
+    rows = evaluate(
+        model, heldout, tokenizer, budgets=budgets, max_tokens=TOKENS, progress=True,
+        reference=demo_model.load(name)[0],
+    )  # fmt: skip
     closed = {row.compute: row.loss for row in fitted if row.compute is not None}
-    closed[1.0] = fitted[0].loss
     table = Table(title=f"Trained gates of {os.path.relpath(PRETRAINED)}, the same held-out text")
     for column in ("compute", "MACs, net", "loss fitted", "loss trained"):
         table.add_column(column, justify="right")
