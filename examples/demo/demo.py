@@ -70,10 +70,12 @@ def main() -> None:
     )  # fmt: skip
     show(console, rows, speed)
     result = {"quality": [dataclasses.asdict(row) for row in rows], "speed": speed}
-    write_json(result, OUT / "table.json")
+    write_json(result, OUT / "table.json")  # again below: an interrupt keeps what there is
 
     console.rule("3. What training adds")
-    trained(console, name, heldout, tokenizer, rows)
+    shipped = trained(console, name, heldout, tokenizer, rows)
+    result["quality_trained"] = [dataclasses.asdict(row) for row in shipped]
+    write_json(result, OUT / "table.json")
     train_a_minute(console, OUT / "gates", name, fitting, tokenizer)
 
     console.rule("4. The same answer at each budget")
@@ -127,13 +129,13 @@ def show(console: Console, rows: list[QualityRow], speed: dict[str, Any]) -> Non
 
 def trained(
     console: Console, name: str, heldout: list[Any], tokenizer: Any, fitted: list[QualityRow]
-) -> None:
+) -> list[QualityRow]:
     """Held-out loss of the gates in ``pretrained``, beside the ones fitted just now."""
     try:
         model = gateskip.load(PRETRAINED, base=name, dtype="bfloat16")
     except gateskip.CheckpointError as error:
         console.print(f"The trained gates do not belong to this copy of the model: {error}")
-        return
+        return []
     budgets = [gateskip.Budget(compute=c) for c in (0.9, 0.75, 0.6)]
     rows = evaluate(
         model, heldout, tokenizer, budgets=budgets, max_tokens=TOKENS, progress=True,
@@ -148,6 +150,7 @@ def trained(
         table.add_row(f"{row.compute:.2f}", f"{1 - row.macs_saved:.1%}",
                       f"{closed[row.compute]:.3f}", f"{row.loss:.3f}")  # fmt: skip
     console.print(table)
+    return rows
 
 
 def train_a_minute(

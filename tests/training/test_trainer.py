@@ -475,8 +475,6 @@ def test_a_trained_base_is_not_trained_twice_by_loading(tmp_path: Path) -> None:
     gateskip.save(run.finish(), tmp_path / "saved")
     model = gateskip.load(tmp_path / "saved", base=base)
     ids = random_ids(2, 12)
-    with torch.no_grad():
-        expected = model(ids).logits
     gateskip.detach(model)
     with pytest.raises(CheckpointError, match="afresh"):
         gateskip.load(tmp_path / "saved", base=model)
@@ -485,7 +483,6 @@ def test_a_trained_base_is_not_trained_twice_by_loading(tmp_path: Path) -> None:
     fresh = gateskip.load(tmp_path / "again", base=gateskip.detach(model_for_training()))
     with torch.no_grad(), dense(model), dense(fresh):
         torch.testing.assert_close(fresh(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
-    assert expected.shape == (2, 12, expected.shape[-1])
 
 
 def test_lora_after_lora_resumes(tmp_path: Path) -> None:

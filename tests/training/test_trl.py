@@ -13,8 +13,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+from gateskip.skipping.state import state_of
 from gateskip.training import GateSkipMixin, GateSkipTrainingConfig
-from models import VOCAB, gated, with_table
+from models import VOCAB, gated, random_ids, with_table
 
 
 def words() -> Any:
@@ -36,8 +37,9 @@ def test_sft_trainer(tmp_path: Path) -> None:
     rows = [" ".join(f"w{(7 * i + 3 * j) % 120}" for j in range(12 + i % 5)) for i in range(16)]
     model = with_table(gated(compensation="low_rank"))
     config = GateSkipTrainingConfig(
-        backbone="full", train_gates=True, penalty=0.1, budget_start=0.7, budget_end=0.7
-    )
+        backbone="full", train_gates=True, penalty=0.1, budget_start=0.7, budget_end=0.7,
+        calibrate_every=2,
+    )  # fmt: skip
     arguments = SFTConfig(
         str(tmp_path), max_steps=3, per_device_train_batch_size=4, logging_steps=1, use_cpu=True,
         report_to=[], save_steps=2, bf16=False, learning_rate=1e-2, disable_tqdm=True,
@@ -45,12 +47,15 @@ def test_sft_trainer(tmp_path: Path) -> None:
     trainer = Trainer(
         model, arguments, train_dataset=Dataset.from_list([{"text": row} for row in rows]),
         processing_class=words(), gateskip_args=config,
+        calibration_data=[random_ids(1, 100, seed=i)[0] for i in range(12)],
     )  # fmt: skip
+    first = state_of(model).policy
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     assert arguments.gradient_checkpointing, "TRL's default, which runs every layer twice"
     trainer.train()
     entries = [e for e in trainer.state.log_history if "loss" in e]
     assert len(entries) == 3
+    assert state_of(model).policy != first, "the mixin alone finds thresholds again"
     for entry in entries:
         assert 0.05 < entry["skip_rate"] < 0.95
         assert 0 < entry["gate_penalty"] < 1

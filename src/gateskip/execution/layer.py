@@ -319,10 +319,9 @@ def _attend_flat(
     assert mask_rows is not None
     grid = Grid(kept, counts.tolist(), call.new, plain=mask_rows.plain, dtype=flat.dtype)
     where = repeated(kept, u.shape[0])
+    arguments = inputs.flat_queries(writer, where, call.batch)
     with GridAttention(grid, mask_rows, padding):
-        o = branch.module(hidden_states=u[None], **inputs.flat_queries(writer, where, call.batch))[
-            0
-        ]
+        o = branch.module(hidden_states=u[None], **arguments)[0]
     return writer, o[0, :n], u[:n]
 
 

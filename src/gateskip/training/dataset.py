@@ -6,16 +6,18 @@ Shapes: B rows, T tokens.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from gateskip.data import Sample, encode
 from gateskip.errors import DataError
 
-__all__ = ["Collator", "TokenDataset", "make_dataset"]
+__all__ = ["Collator", "SeededLengths", "TokenDataset", "make_dataset"]
 
 IGNORED = -100
 
@@ -71,3 +73,19 @@ class Collator:
             labels[row, :n] = torch.as_tensor(feature["labels"])
             mask[row, :n] = 1
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class SeededLengths(LengthGroupedSampler):  # type: ignore[misc]
+    """Groups of like length, the same in every run of an epoch."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before every epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed * 100_003 + self.epoch)
+        return super().__iter__()

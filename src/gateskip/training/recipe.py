@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from gateskip.calibration.thresholds import calibrate
 from gateskip.config import GateConfig
+from gateskip.data import encode
 from gateskip.errors import CheckpointError, ConfigError
 from gateskip.execution.checkpoint import save
 from gateskip.fitting.closed_form import fit
@@ -26,6 +27,7 @@ from gateskip.training.card import write_card
 from gateskip.training.checkpoints import CHECKPOINTS, START, clear, last_checkpoint
 from gateskip.training.config import GateSkipTrainingConfig
 from gateskip.training.dataset import make_dataset
+from gateskip.training.recalibration import recalibrate
 from gateskip.training.trainer import GateSkipTrainer
 
 __all__ = ["CHECKPOINTS", "START", "TrainReport", "clear", "last_checkpoint", "start", "train"]
@@ -102,10 +104,10 @@ def train(
     dataset = make_dataset(data, tokenizer, max_length)
     texts = data if calibration_data is None else calibration_data
     checkpoint = last_checkpoint(Path(arguments.output_dir)) if resume else None
-    samples = make_dataset(texts, tokenizer, max_length).samples
     trainer = GateSkipTrainer(
         model, arguments, train_dataset=dataset, gateskip_args=options, processing_class=tokenizer,
-        calibration_data=[sample.ids for sample in samples], callbacks=callbacks,
+        calibration_data=[sample.ids for sample in encode(texts, tokenizer, max_length)],
+        callbacks=callbacks,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # what is printed belongs to the caller
     began = time.perf_counter()
@@ -119,14 +121,10 @@ def train(
     losses = [entry["loss"] for entry in history if "loss" in entry]
     policy = state_of(model).policy
     if options.arm == "gateskip":
-        how: dict[str, Any] = {}
-        grid: tuple[float, ...] = CALIBRATION_GRID
-        if policy is not None:
-            how = {"allocation": policy.allocation, "weigh_cost": policy.weigh_cost}
-            grid += tuple(keep for keep in policy.keep if keep < grid[-1])
-        policy = calibrate(
-            model, texts, tokenizer, max_length=max_length, grid=grid, progress=progress, **how
-        )
+        policy = recalibrate(
+            model, texts, tokenizer, grid=CALIBRATION_GRID, max_length=max_length,
+            progress=progress,
+        )  # fmt: skip
     save(model, out)
     report = TrainReport(
         steps=int(trainer.state.global_step),

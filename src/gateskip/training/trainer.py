@@ -18,7 +18,7 @@ from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from gateskip.calibration.thresholds import calibrate, check_tokens
+from gateskip.calibration.thresholds import check_tokens
 from gateskip.config import Budget
 from gateskip.costs import saved_macs
 from gateskip.data import count_tokens, encode
@@ -36,8 +36,9 @@ from gateskip.training.checkpoints import (
     write_options,
 )
 from gateskip.training.config import GateSkipTrainingConfig
-from gateskip.training.dataset import Collator, TokenDataset
+from gateskip.training.dataset import Collator, SeededLengths, TokenDataset
 from gateskip.training.objective import GateObjective, SkipMeter, head_loss, labelled
+from gateskip.training.recalibration import recalibrate
 from gateskip.training.schedule import budget_at
 
 __all__ = ["GateSkipMixin", "GateSkipTrainer"]
@@ -111,6 +112,7 @@ class GateSkipMixin:
                 "smoothing, no compute_loss_func, no other trainer's; set distill=0."
             )
         self._teacher = self._copy() if self._teaches and config.backbone == "full" else None
+        self.add_callback(_AfterStep(self))  # type: ignore[attr-defined]
 
     @property
     def _teaches(self) -> bool:
@@ -376,24 +378,8 @@ def _check(config: GateSkipTrainingConfig, gated: GateSkipState, arguments: Any)
         )
 
 
-class SeededLengths(LengthGroupedSampler):  # type: ignore[misc]
-    """Groups of like length, the same in every run of an epoch."""
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before every epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        self.generator.manual_seed(self.seed * 100_003 + self.epoch)
-        return super().__iter__()
-
-
 class _AfterStep(TrainerCallback):  # type: ignore[misc]
-    """Finds thresholds again while training: what the model computes has moved."""
+    """Stops at gradients that are no number, and finds thresholds again while training."""
 
     def __init__(self, trainer: GateSkipMixin) -> None:
         self.trainer = trainer
@@ -409,18 +395,10 @@ class _AfterStep(TrainerCallback):  # type: ignore[misc]
         gated, every = state_of(self.trainer.model), config.calibrate_every
         gated.fitted = gated.fitted or config.train_gates
         if every and state.global_step % every == 0 and state.global_step < state.max_steps:
-            recalibrate(self.trainer.model, self.trainer.calibration_data)
-
-
-def recalibrate(model: nn.Module, data: Any) -> None:
-    """A short calibration by the rules of the one before."""
-    policy = state_of(model).policy
-    how: dict[str, Any] = {}
-    grid: tuple[float, ...] = CALIBRATION_GRID
-    if policy is not None:
-        how = {"allocation": policy.allocation, "weigh_cost": policy.weigh_cost}
-        grid += tuple(keep for keep in policy.keep if keep < grid[-1])
-    calibrate(model, data, max_tokens=CALIBRATION_TOKENS, grid=grid, **how)
+            recalibrate(
+                self.trainer.model, self.trainer.calibration_data, grid=CALIBRATION_GRID,
+                max_tokens=CALIBRATION_TOKENS,
+            )  # fmt: skip
 
 
 class GateSkipTrainer(GateSkipMixin, Trainer):  # type: ignore[misc]
@@ -445,7 +423,6 @@ class GateSkipTrainer(GateSkipMixin, Trainer):  # type: ignore[misc]
             pad = getattr(tokenizer, "pad_token_id", None)
             kwargs["data_collator"] = Collator(0 if pad is None else int(pad))
         super().__init__(model, *args, **kwargs)
-        self.add_callback(_AfterStep(self))
 
     def _plain(self) -> bool:
         return (
