@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from gateskip.errors import UnsupportedError
 from gateskip.retrofit.attach import gate_of, gated_branches, layers_of
 from gateskip.skipping.state import override, state_of
-from gateskip.training.objective import CHUNK, GateObjective, SkipMeter, head_loss, labelled
+from gateskip.training.objective import GateObjective, SkipMeter, labelled
 from models import gated, padded, random_ids
 
 
@@ -95,26 +94,6 @@ def test_penalty_says_when_no_gradient_can_reach_the_gates() -> None:
         model(inputs_embeds=embeds)
     with pytest.raises(UnsupportedError, match="use_reentrant"):
         penalty.mean()
-
-
-@pytest.mark.parametrize("distill", [0.0, 0.3])
-def test_head_loss_by_chunks_is_the_whole(distill: float) -> None:
-    n, hidden, vocab = CHUNK + 37, 16, 50
-    head = nn.Linear(hidden, vocab, bias=False)
-    h = torch.randn(n, hidden, requires_grad=True)
-    teacher, target = torch.randn(n, hidden), torch.randint(0, vocab, (n,))
-    logits = head(h)
-    expected = cross_entropy(logits, target, reduction="sum")
-    p = head(teacher).softmax(-1).detach()
-    divergence = (p * (p.log() - logits.log_softmax(-1))).sum() if distill else torch.zeros(())
-    (expected + distill * divergence).backward()
-    assert h.grad is not None
-    wanted, h.grad = h.grad, None
-    loss, kl = head_loss(head, h, target, teacher, distill)
-    (loss + distill * kl).backward()
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(kl, divergence, atol=1e-3, rtol=1e-4)
-    torch.testing.assert_close(h.grad, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_labelled_positions_are_those_before_a_label() -> None:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from gateskip.errors import UnsupportedError
 from gateskip.execution.mask_rows import MaskRows
+from gateskip.execution.trained_attention import attend_causally, takes_blocks
 
 __all__ = ["Grid", "GridAttention"]
 
@@ -36,7 +37,7 @@ class Grid:
     Args:
         kept_N: flat indices (row·T + position) of the queries, ascending.
         counts: queries of each batch row, not all 0. new: T.
-        plain: no padding, nothing cached: a full grid may use plain causality.
+        plain: every query sees all keys up to its own, and none is cached.
 
     Attributes:
         slots_BL: index into the N kept tokens of each cell; a ragged row repeats its last one.
@@ -53,7 +54,7 @@ class Grid:
         plain: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.new, self.longest = new, max(counts)
+        self.new, self.longest, self.plain = new, max(counts), plain
         device = kept_N.device
         self.causal = plain and self.longest >= FULL.get(dtype, FULL[torch.float32]) * new
         if self.causal:
@@ -146,22 +147,35 @@ class GridAttention(TorchFunctionMode):
         gqa = heads != key.shape[1]
         q = query[0].transpose(0, 1).index_select(0, grid.slots_BL.view(-1))
         q_BALD = q.view(batch, length, heads, width).transpose(1, 2)
+        options: Any = {"scale": scale, "enable_gqa": gqa}
+        if grid.plain and takes_blocks(q, dropout_p):
+            last_BL = grid.token_BL % grid.new
+            out = attend_causally(
+                q_BALD, key, value, last_BL, scale,
+                lambda: self._parts(q_BALD, key, value, dropout_p, options),
+            )  # fmt: skip
+        else:
+            out = self._parts(q_BALD, key, value, dropout_p, options)
+        return self._flat(out.transpose(1, 2).reshape(batch * length, heads, width))
+
+    def _parts(
+        self, q_BALD: Tensor, key: Tensor, value: Tensor, dropout_p: float, options: Any
+    ) -> Tensor:
+        """Attention of the grid, ``[B, A, L, D]``."""
+        grid = self.grid
         if grid.causal:
             parts = [
-                scaled_dot_product_attention(
-                    q_BALD, key, value, None, dropout_p, True, scale=scale, enable_gqa=gqa
-                )
+                scaled_dot_product_attention(q_BALD, key, value, None, dropout_p, True, **options)
             ]
         else:
             parts = [
                 scaled_dot_product_attention(
                     q_BALD[:, :, begin:end], key[:, :, :seen], value[:, :, :seen], mask,
-                    dropout_p, False, scale=scale, enable_gqa=gqa,
+                    dropout_p, False, **options,
                 )
-                for begin, end, seen, mask in grid.blocks(self.rows, key.shape[2], query.dtype)
+                for begin, end, seen, mask in grid.blocks(self.rows, key.shape[2], q_BALD.dtype)
             ]  # fmt: skip
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-        return self._flat(out.transpose(1, 2).reshape(batch * length, heads, width))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def _flat(self, out_CHD: Tensor) -> Tensor:
         """Real cells as one sequence ``[1, heads, N, D]``."""

@@ -126,7 +126,7 @@ class AttentionInputs:
         if key not in call.masks:
             call.masks[key] = MaskRows(
                 self.mask, new=new, past=call.past, length=length, offset=offset,
-                dtype=self.cos_sin[0].dtype, device=call.device,
+                dtype=self.cos_sin[0].dtype, device=call.device, valid_BT=call.valid_BT,
             )  # fmt: skip
         return call.masks[key]
 

@@ -22,6 +22,7 @@ from gateskip.execution.grid import Grid, GridAttention
 from gateskip.execution.inputs import AttentionInputs, flat_positions, grid_of
 from gateskip.execution.rounding import repeated, rounded_rows
 from gateskip.execution.token import NO, YES, token_layer
+from gateskip.execution.trained_attention import CausalAttention
 from gateskip.gates import Gate
 from gateskip.retrofit.families import FamilySpec
 from gateskip.skipping.call import Call
@@ -146,13 +147,25 @@ def _attention(branch: _Branch, h: Tensor, inputs: AttentionInputs) -> Tensor:
         u = branch.norm(h)
         cache = inputs.cache
         writer = _masked_writer(branch, inputs, keep) if copies else None
-        o = branch.module(hidden_states=u, **inputs.whole(writer or cache))[0]
+        o = _attend_whole(branch, u, inputs, writer or cache)
         if writer is not None and writer.written is not None:
             call.kv[branch.key[0]] = writer.written
         return _finish_whole(branch, h, u, o, keep)
     if call.single:
         return _attention_single(branch, h, inputs, keep, copies)
     return _attention_compacted(branch, h, inputs, keep, copies)
+
+
+def _attend_whole(branch: _Branch, u: Tensor, inputs: AttentionInputs, cache: Any) -> Tensor:
+    """The attention's output for all tokens."""
+    call, arguments = branch.call, inputs.whole(cache)
+    if torch.is_grad_enabled() and not call.masked and _takes_flat(branch.module, call):
+        rows = inputs.mask_rows(call, branch.key[0])
+        if rows is not None and rows.plain:
+            arguments["attention_mask"] = None
+            with CausalAttention():
+                return branch.module(hidden_states=u, **arguments)[0]
+    return branch.module(hidden_states=u, **arguments)[0]
 
 
 def _masked_writer(branch: _Branch, inputs: AttentionInputs, keep: Tensor | None) -> CacheWriter:
@@ -229,11 +242,11 @@ def _attention_compacted(
     if kept.shape[0] == keep.numel():
         u = branch.input_at(flat, None).view_as(h)
         writer = CacheWriter(inputs.cache, call.batch, call.new) if copies else None
-        o = attention(hidden_states=u, **inputs.whole(writer or inputs.cache))[0]
+        all_o = _attend_whole(branch, u, inputs, writer or inputs.cache)
         if writer is not None and writer.written is not None:
             call.kv[layer] = writer.written
-        out = join(h, o, u, gate).flatten(0, 1)
-        return _learnable(branch, out, o.flatten(0, 1), u.flatten(0, 1), kept).view_as(h)
+        out = join(h, all_o, u, gate).flatten(0, 1)
+        return _learnable(branch, out, all_o.flatten(0, 1), u.flatten(0, 1), kept).view_as(h)
     skip = (~keep & call.everyone()).flatten().nonzero()[:, 0]
     rounded = torch.is_grad_enabled() and skip.shape[0] > 0
     u_skip = None

@@ -22,7 +22,11 @@ class MaskRows:
     Args:
         mask: what transformers made of the 2-D mask, ``[1 or B, 1, T, S]``; None: causality.
         new: T. past: cached tokens. length, offset: S, and the index of the first key, as the cache
-            says. dtype: of the additive mask.
+            says. dtype: of the additive mask. valid_BT: real tokens; None: all are.
+
+    Attributes:
+        plain: every real token sees all keys up to its own, and none is cached. Padding on the
+            right leaves it so: what padding sees does not count.
 
     Raises:
         UnsupportedError: a mask that differs by head.
@@ -30,20 +34,30 @@ class MaskRows:
 
     def __init__(
         self, mask: Tensor | None, *, new: int, past: int, length: int, offset: int,
-        dtype: torch.dtype, device: torch.device,
+        dtype: torch.dtype, device: torch.device, valid_BT: Tensor | None = None,
     ) -> None:  # fmt: skip
         if mask is not None and mask.shape[1] != 1:
             raise UnsupportedError(f"attention_mask of shape {tuple(mask.shape)} differs by head.")
         self.new, self.past, self.length, self.offset = new, past, length, offset
         self.dtype = dtype
-        self.mask, self.device = mask, device
-        self.plain = mask is None and length == new
+        self.device = device
+        self.plain = length == new
+        if self.plain and mask is not None:
+            self.plain = mask.dtype == torch.bool and self._only_causal(mask[:, 0], valid_BT)
+        if self.plain:
+            mask = None
+        self.mask = mask
         self.table: Tensor | None = None
         if mask is not None:
             small = mask.numel() <= TABLE
             self.table = self._additive(mask[:, 0]) if small else mask[:, 0]
         elif new * length <= TABLE:
             self.table = self._causal(torch.arange(new, device=device), length)[None]
+
+    def _only_causal(self, mask: Tensor, valid_BT: Tensor | None) -> bool:
+        ramp = torch.arange(self.new, device=self.device)
+        same = mask == (ramp <= ramp[:, None])
+        return bool((same.all(-1) if valid_BT is None else same.all(-1) | ~valid_BT).all())
 
     @property
     def past_keys(self) -> int:

@@ -85,6 +85,7 @@ def _free(model: nn.Module) -> None:
 
 def _add_lora(model: nn.Module, config: GateSkipTrainingConfig) -> None:
     if live_factors(model):  # the user's own, or an earlier trainer's
+        _fuse_lora(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".lora_" in name)
         return
@@ -109,9 +110,16 @@ def _add_lora(model: nn.Module, config: GateSkipTrainingConfig) -> None:
         "target_modules": names,
     }
     inject_adapter_in_model(LoraConfig(**options), model)
+    _fuse_lora(model)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:  # bfloat16 would round small updates away
             parameter.data = parameter.data.float()
+
+
+def _fuse_lora(model: nn.Module) -> None:
+    from gateskip.training.lora_linear import speed_up  # PEFT is an extra
+
+    speed_up(model)
 
 
 def finish(model: nn.Module) -> None:

@@ -12,16 +12,14 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from gateskip.config import BranchKey
 from gateskip.errors import UnsupportedError
 from gateskip.gates import Gate, no_autocast
 from gateskip.skipping.call import Call
 
-__all__ = ["GateObjective", "SkipMeter", "head_loss", "labelled"]
+__all__ = ["GateObjective", "SkipMeter", "labelled"]
 
-CHUNK = 256  # positions whose logits exist at once
 IGNORED = -100
 
 
@@ -143,46 +141,3 @@ class SkipMeter:
 def labelled(labels_BT: Tensor) -> Tensor:
     """Positions whose next token is labelled, bool ``[B, T − 1]``."""
     return labels_BT[:, 1:] != IGNORED
-
-
-def head_loss(
-    head: nn.Module,
-    hidden_NH: Tensor,
-    target_N: Tensor,
-    teacher_NH: Tensor | None = None,
-    distill: float = 0.0,
-    teacher_head: nn.Module | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(Σ cross-entropy, Σ KL(teacher ‖ student)) over labelled positions, float32.
-
-    Never holds the logits of more than ``CHUNK`` positions, in the backward pass neither.
-
-    Args:
-        head: the LM head. hidden_NH, teacher_NH: its inputs, the teacher's without a graph.
-        teacher_head: the teacher's, where it is another.
-    """
-    zero = hidden_NH.new_zeros((), dtype=torch.float32)
-    loss, kl = hidden_NH.float().sum() * 0.0, zero  # a graph, also where nothing is labelled
-
-    def chunk(h: Tensor, target: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
-        logits = head(h).float()
-        entropy = nn.functional.cross_entropy(logits, target, reduction="sum")
-        if teacher is None:
-            return entropy, zero
-        with torch.no_grad():
-            wanted = (teacher_head or head)(teacher).float().log_softmax(-1)
-        divergence = nn.functional.kl_div(
-            logits.log_softmax(-1), wanted, reduction="sum", log_target=True
-        )
-        return entropy, divergence
-
-    for start in range(0, hidden_NH.shape[0], CHUNK):
-        part = slice(start, start + CHUNK)
-        teacher = None if teacher_NH is None or not distill else teacher_NH[part]
-        given = (hidden_NH[part], target_N[part], teacher)
-        if torch.is_grad_enabled():
-            a, b = checkpoint(chunk, *given, use_reentrant=False)
-        else:
-            a, b = chunk(*given)
-        loss, kl = loss + a, kl + b
-    return loss, kl

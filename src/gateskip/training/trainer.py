@@ -37,7 +37,8 @@ from gateskip.training.checkpoints import (
 )
 from gateskip.training.config import GateSkipTrainingConfig
 from gateskip.training.dataset import Collator, SeededLengths, TokenDataset
-from gateskip.training.objective import GateObjective, SkipMeter, head_loss, labelled
+from gateskip.training.head_loss import head_loss
+from gateskip.training.objective import GateObjective, SkipMeter, labelled
 from gateskip.training.recalibration import recalibrate
 from gateskip.training.schedule import budget_at
 
@@ -259,18 +260,15 @@ class GateSkipMixin:
         with self.accelerator.autocast():  # the Trainer wraps model.forward, not the decoder's
             hidden_NH = decoder(**given, use_cache=False).last_hidden_state[:, :-1][chosen_BT]
             teacher_NH = self._taught(given)[:, :-1][chosen_BT] if self._teaches else None
-            loss, kl = head_loss(
+            total, entropy, divergence = head_loss(
                 head, hidden_NH, target_N, teacher_NH, self.gateskip_args.distill,
                 head if self._teacher is None else self._teacher.get_submodule("lm_head"),
             )  # fmt: skip
         n = target_N.shape[0] if items is None else items
-        loss, kl = loss / n, kl / n
-        self._note("cross_entropy", loss)
-        if not self._teaches:
-            return loss
-        self._note("distillation", kl)
-        d = self.gateskip_args.distill
-        return (1.0 - d) * loss + d * kl
+        self._note("cross_entropy", entropy / n)
+        if self._teaches:
+            self._note("distillation", divergence / n)
+        return total / n
 
     @torch.no_grad()
     def _taught(self, given: dict[str, Any]) -> Tensor:
