@@ -1,14 +1,16 @@
 """What gates cost in time: ``python benchmarks/gate_cost.py --gates FOLDER --json FILE``.
 
 Prefill: the decision (one pass over the residual) plus what the gated join takes longer than the
-plain sum that it replaces, for every branch. Decoding: decision and gate value of every branch,
-called on their own, which costs more than inside the kernels where they really run: an upper bound.
-Both as shares of the dense model's time for the same tokens, alternated, medians.
+plain sum that it replaces, for every branch. Decoding: a gated token with decisions, against one
+without, nothing skipped; the gate's value is one more dot product like the decision's, so the
+difference is counted twice. Both as shares of the dense model's time for the same tokens,
+alternated, medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -27,7 +29,7 @@ from gateskip.fitting.passes import eval_mode
 from gateskip.retrofit.attach import gated_branches
 from gateskip.skipping.join import join
 from gateskip.skipping.score import branch_score
-from gateskip.skipping.state import state_of
+from gateskip.skipping.state import override, state_of
 
 
 def clock(step: Callable[[], Any]) -> float:
@@ -38,7 +40,7 @@ def clock(step: Callable[[], Any]) -> float:
 
 
 def measure(model: Any, batch: int, tokens: int, repeats: int) -> dict[str, float]:
-    """Median seconds of the dense call, of all decisions, of all joins and of plain sums."""
+    """Median seconds of the dense call, and of what gates add to it by parts."""
     state = state_of(model)
     family = state.family
     layers = model.get_submodule(family.decoder).layers
@@ -50,6 +52,7 @@ def measure(model: Any, batch: int, tokens: int, repeats: int) -> dict[str, floa
     h, o, u = (torch.randn(batch, tokens, hidden).to(dtype) for _ in range(3))
     ids = torch.randint(state.shape.vocab, (batch, 512 if tokens == 1 else tokens))
     eps = float(getattr(gates[0][1], family.norm_eps))
+    scores = torch.randn(batch * tokens) if tokens > 1 else None  # found by the decision
     cache = None
     if tokens == 1:
         with dense(model):
@@ -68,13 +71,24 @@ def measure(model: Any, batch: int, tokens: int, repeats: int) -> dict[str, floa
 
     def gated() -> None:
         for gate, _ in gates:
-            join(h, o, u, gate)
+            join(h, o, u, gate, scores)
 
     def plain() -> None:
         for _ in gates:
             h + o
 
+    def token(thresholds: Any) -> Callable[[], None]:
+        def run() -> None:
+            with override(state, thresholds=thresholds):
+                model(ids[:, :1], cache=gated_cache, use_cache=True)
+
+        return run
+
     steps = {"dense": run_dense, "decide": decide, "join": gated, "sum": plain}
+    if tokens == 1:
+        gated_cache = model(ids, use_cache=True, logits_to_keep=1).cache
+        everyone = dict.fromkeys(state.branches, -math.inf)
+        steps = {"dense": run_dense, "decided": token(everyone), "undecided": token(None)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats + 1):
         for name, step in steps.items():
@@ -90,7 +104,7 @@ def main() -> None:
     parser.add_argument("--gates", required=True)
     parser.add_argument("--model")
     parser.add_argument("--json")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=25)
     options = parser.parse_args()
     check_json(options.json)
     keep_freed_memory()
@@ -100,18 +114,25 @@ def main() -> None:
         with eval_mode(model):
             for phase, batch, tokens in (("prefill", 4, 512), ("decode", 1, 1)):
                 found = measure(model, batch, tokens, options.repeats)
-                added = found["decide"] + found["join"] - found["sum"]
+                if phase == "prefill":
+                    added = found["decide"] + found["join"] - found["sum"]
+                else:
+                    added = 2.0 * (found["decided"] - found["undecided"])
                 rows.append(
                     {"phase": phase, "dtype": dtype, "batch": batch, "tokens": tokens}
                     | {f"seconds_{name}": value for name, value in found.items()}
                     | {"share": added / found["dense"]}
                 )
     table = Table(title="Time of gates as a share of the dense model's")
-    for column in ("phase", "dtype", "dense", "decisions", "joins", "plain sums", "share"):
+    for column in ("phase", "dtype", "seconds", "share"):
         table.add_column(column)
     for row in rows:
-        times = (f"{row[f'seconds_{n}'] * 1e3:.2f} ms" for n in ("dense", "decide", "join", "sum"))
-        table.add_row(row["phase"], row["dtype"], *times, f"{row['share']:.2%}")
+        times = (
+            f"{name.removeprefix('seconds_')} {value * 1e3:.2f} ms"
+            for name, value in row.items()
+            if name.startswith("seconds_")
+        )
+        table.add_row(row["phase"], row["dtype"], ", ".join(times), f"{row['share']:.2%}")
     Console().print(table)
     header = {
         "command": command_line("python benchmarks/gate_cost.py", vars(options)),

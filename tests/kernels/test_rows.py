@@ -63,9 +63,11 @@ def test_join(dtype: torch.dtype) -> None:
     h, index = normal(N, H, dtype=dtype), chosen()
     o, u = normal(13, H, dtype=dtype, seed=1), normal(13, H, dtype=dtype, seed=2)
     w, z = normal(H, seed=3), normal(13, H, seed=4)
+    scores = normal(N, seed=5)
     for g, given in (
         (torch.sigmoid(u.float() @ w + 0.5)[:, None], {"one": (u, w, 0.5)}),
         (torch.sigmoid(z), {"logits_MH": z}),
+        (torch.sigmoid(scores[index] * 1.5 - 0.2)[:, None], {"scored": (scores, 1.5, -0.2)}),
     ):
         out = h.clone()
         rows.join_rows(out, out, o, index, **given)  # type: ignore[arg-type]

@@ -44,7 +44,9 @@ __all__ = ["layer_forward"]
 class _Branch:
     """One branch of one layer during one call."""
 
-    __slots__ = ("call", "compensation", "family", "gate", "inverse", "key", "module", "norm")
+    __slots__ = (
+        "call", "compensation", "family", "gate", "inverse", "key", "module", "norm", "score_N",
+    )  # fmt: skip
 
     def __init__(self, layer: nn.Module, call: Call, kind: str, index: int) -> None:
         family: FamilySpec = call.state.family
@@ -58,6 +60,7 @@ class _Branch:
         self.gate = gate if isinstance(gate, Gate) else None
         self.compensation = compensation_of(self.module)
         self.inverse: Tensor | None = None  # 1 / rms(h), where scoring found it
+        self.score_N: Tensor | None = None  # mean logits of all tokens, likewise
 
     @property
     def eps(self) -> float:
@@ -81,6 +84,9 @@ class _Branch:
             return call.decide(self.key, random_score(call.visible_keys(), self.key, call.seed))
         with torch.no_grad():
             score_BT, self.inverse = branch_score(h_BTH, self.norm, self.eps, self.gate, importance)
+        hooked = self.norm._forward_hooks or self.norm._forward_pre_hooks
+        if self.inverse is not None and not hooked:
+            self.score_N = score_BT.flatten()
         return call.decide(self.key, score_BT)
 
     def input_at(self, h_NH: Tensor, index_M: Tensor | None, *, rounded: bool = False) -> Tensor:
@@ -290,11 +296,11 @@ def _attention_fused(
     o = attend(branch.module, branch.family, call, inputs, branch.key[0], (u_valid, index), given)
     if whole:
         assert o is not None
-        return join(flat, o, u, gate)
+        return join(flat, o, u, gate, branch.score_N)
     out = flat.clone()
     if o is not None:
         n = kept.shape[0]
-        out = join_at(out, flat, o[:n], u[:n], gate, kept)
+        out = join_at(out, flat, o[:n], u[:n], gate, kept, branch.score_N)
     if branch.compensation is None:
         return out
     skip = (~keep & call.everyone()).flatten().nonzero()[:, 0]
@@ -407,7 +413,8 @@ def _mlp(branch: _Branch, h: Tensor, *, owned: bool) -> Tensor:
     if kept.shape[0] == keep.numel():
         u = branch.input_at(flat, None)
         o = run_mlp(branch.module, branch.family, u)
-        return _learnable(branch, join(flat, o, u, gate), o, u, kept).view_as(h)
+        out = join(flat, o, u, gate, branch.score_N)
+        return _learnable(branch, out, o, u, kept).view_as(h)
     call.computed[branch.key] = keep.sum(1)
     skip = u_skip = None
     if branch.compensation is not None:
@@ -418,7 +425,8 @@ def _mlp(branch: _Branch, h: Tensor, *, owned: bool) -> Tensor:
         u, n = branch.input_at(flat, kept, rounded=True), kept.shape[0]
         call.padding[branch.key] = u.shape[0] - n
         o = run_mlp(branch.module, branch.family, u)[:n]
-        out = _learnable(branch, join_at(out, flat, o, u[:n], gate, kept), o, u[:n], kept)
+        out = join_at(out, flat, o, u[:n], gate, kept, branch.score_N)
+        out = _learnable(branch, out, o, u[:n], kept)
     if skip is not None:
         out = _compensate(branch, out, skip, u_skip)
     return out.view_as(h)

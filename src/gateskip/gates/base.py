@@ -105,6 +105,10 @@ class Gate(nn.Module, ABC):
             w_H, b = self.mean_logit_weights()
             return w_H / self.score_scale, (b - self.score_shift) / self.score_scale
 
+    def score_affine(self) -> tuple[float, float]:
+        """(a, b) with mean logit = a·score + b."""
+        return float(self.score_scale), float(self.score_shift)
+
     def decision_vector(self) -> tuple[Tensor, float]:
         """Detached :meth:`decision_weights`, cached until a weight changes."""
         parts = [*self.parameters(recurse=False), self.score_scale, self.score_shift]

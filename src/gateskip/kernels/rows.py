@@ -100,15 +100,18 @@ def _join(d, kind):
     out, h, o = like(d[3], kind), like(d[4], kind), like(d[5], kind)
     index, m, hidden = i64_at(d[6]), d[7], d[8]
     u, w, shift = like(d[9], kind), f32_at(d[10]), np.float32(double_of(d[11]))
-    z = f32_at(d[12])
-    chosen, one = d[6] != 0, d[12] == 0
+    z, score, scale = f32_at(d[12]), f32_at(d[13]), np.float32(double_of(d[14]))
+    chosen, one, known = d[6] != 0, d[12] == 0, d[13] != 0
     for row in range(m * thread // threads, m * (thread + 1) // threads):
         target = index[row] if chosen else row
         at, to = row * hidden, target * hidden
         if one:
             dot = np.float32(0.0)
-            for i in range(hidden):
-                dot += load(u, at + i) * w[i]
+            if known:
+                dot = score[target] * scale
+            else:
+                for i in range(hidden):
+                    dot += load(u, at + i) * w[i]
             g = sigmoid(dot + shift)
             for i in range(hidden):
                 store(out, to + i, load(h, to + i) + g * load(o, at + i))
@@ -226,19 +229,26 @@ def join_rows(
     *,
     one: tuple[Tensor, Tensor, float] | None = None,
     logits_MH: Tensor | None = None,
+    scored: tuple[Tensor, float, float] | None = None,
 ) -> None:
     """out[index] = h[index] + σ(z) ⊙ o, in float32 inside; ``out_NH`` may be ``h_NH``.
 
     Args:
         one: (u [M, H], w [H] float32, b) where all channels have the logit w·u + b.
+        scored: (score [N] float32, a, b) where all channels have the logit a·score + b.
         logits_MH: else z per channel, float32.
     """
-    u, w, shift = (0, 0, 0.0) if one is None else (one[0].data_ptr(), one[1].data_ptr(), one[2])
+    u = w = score = 0
+    shift = scale = 0.0
+    if scored is not None:
+        score, scale, shift = scored[0].data_ptr(), scored[1], scored[2]
+    elif one is not None:
+        u, w, shift = one[0].data_ptr(), one[1].data_ptr(), one[2]
     m, hidden = o_MH.shape
     arguments = integers(
         out_NH.data_ptr(), h_NH.data_ptr(), o_MH.data_ptr(),
         0 if index_M is None else index_M.data_ptr(), m, hidden, u, w, real(shift),
-        0 if logits_MH is None else logits_MH.data_ptr(),
+        0 if logits_MH is None else logits_MH.data_ptr(), score, real(scale),
     )  # fmt: skip
     JOIN(out_NH.dtype, arguments, work=_work(m))
 

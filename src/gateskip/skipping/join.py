@@ -15,14 +15,21 @@ from gateskip.gates import Gate
 __all__ = ["join", "join_at"]
 
 
-def join(h_BTH: Tensor, o_BTH: Tensor, u_BTH: Tensor, gate: Gate) -> Tensor:
-    """h + g(u) ⊙ o of every token, same shape and dtype as h."""
+def join(
+    h_BTH: Tensor, o_BTH: Tensor, u_BTH: Tensor, gate: Gate, score_N: Tensor | None = None
+) -> Tensor:
+    """h + g(u) ⊙ o of every token, same shape and dtype as h.
+
+    Args:
+        score_N: mean-logit scores of all tokens, float32, where they are known: the kernels then
+            need not read u again.
+    """
     if _fused(h_BTH, o_BTH, u_BTH):
         out = torch.empty_like(h_BTH)
         width = h_BTH.shape[-1]
         _join_fused(
             out.view(-1, width), h_BTH.view(-1, width), o_BTH.view(-1, width),
-            u_BTH.view(-1, width), gate, None,
+            u_BTH.view(-1, width), gate, None, score_N,
         )  # fmt: skip
         return out
     g = gate(u_BTH.detach())
@@ -35,15 +42,16 @@ def join(h_BTH: Tensor, o_BTH: Tensor, u_BTH: Tensor, gate: Gate) -> Tensor:
 
 
 def join_at(
-    out_NH: Tensor, h_NH: Tensor, o_MH: Tensor, u_MH: Tensor, gate: Gate, index_M: Tensor
-) -> Tensor:
+    out_NH: Tensor, h_NH: Tensor, o_MH: Tensor, u_MH: Tensor, gate: Gate, index_M: Tensor,
+    score_N: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """``out`` with rows ``index_M`` set to h + g(u) ⊙ o, in place where no graph is recorded.
 
     Args:
-        out_NH: a copy of h, or h itself where nobody else holds it.
+        out_NH: a copy of h, or h itself where nobody else holds it. score_N: as in :func:`join`.
     """
     if _fused(h_NH, o_MH, u_MH) and out_NH.is_contiguous():
-        _join_fused(out_NH, h_NH, o_MH, u_MH, gate, index_M)
+        _join_fused(out_NH, h_NH, o_MH, u_MH, gate, index_M, score_N)
         return out_NH
     return out_NH.index_copy_(0, index_M, join(h_NH.index_select(0, index_M), o_MH, u_MH, gate))
 
@@ -55,11 +63,16 @@ def _fused(h: Tensor, o: Tensor, u: Tensor) -> bool:
 
 
 def _join_fused(
-    out_NH: Tensor, h_NH: Tensor, o_MH: Tensor, u_MH: Tensor, gate: Gate, index_M: Tensor | None
-) -> None:
+    out_NH: Tensor, h_NH: Tensor, o_MH: Tensor, u_MH: Tensor, gate: Gate, index_M: Tensor | None,
+    score_N: Tensor | None,
+) -> None:  # fmt: skip
     from gateskip.kernels.rows import join_rows
 
     alike = gate.one_logit()
+    if alike is not None and score_N is not None:
+        scale, shift = gate.score_affine()
+        join_rows(out_NH, h_NH, o_MH, index_M, scored=(score_N, scale, shift))
+        return
     if alike is not None:
         join_rows(out_NH, h_NH, o_MH, index_M, one=(u_MH, *alike))
         return
