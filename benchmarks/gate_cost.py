@@ -28,7 +28,7 @@ from gateskip.execution.api import dense
 from gateskip.fitting.passes import eval_mode
 from gateskip.retrofit.attach import gated_branches
 from gateskip.skipping.join import join
-from gateskip.skipping.score import branch_score
+from gateskip.skipping.score import Norm, branch_score
 from gateskip.skipping.state import override, state_of
 
 
@@ -46,12 +46,10 @@ def measure(model: Any, batch: int, tokens: int, repeats: int) -> dict[str, floa
     layers = model.get_submodule(family.decoder).layers
     gates = []
     for (layer, kind), module in gated_branches(model, family).items():
-        name = family.attention_norm if kind == "attention" else family.mlp_norm
-        gates.append((module.skip_gate, getattr(layers[layer], name)))
+        gates.append((module.skip_gate, Norm.of(layers[layer], family, kind)))
     hidden, dtype = state.shape.hidden, next(model.parameters()).dtype
     h, o, u = (torch.randn(batch, tokens, hidden).to(dtype) for _ in range(3))
     ids = torch.randint(state.shape.vocab, (batch, 512 if tokens == 1 else tokens))
-    eps = float(getattr(gates[0][1], family.norm_eps))
     scores = torch.randn(batch * tokens) if tokens > 1 else None  # found by the decision
     cache = None
     if tokens == 1:
@@ -67,7 +65,7 @@ def measure(model: Any, batch: int, tokens: int, repeats: int) -> dict[str, floa
 
     def decide() -> None:
         for gate, norm in gates:
-            branch_score(h, norm, eps, gate, "mean_logit")
+            branch_score(h, norm, gate, "mean_logit")
 
     def gated() -> None:
         for gate, _ in gates:

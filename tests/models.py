@@ -19,8 +19,42 @@ from gateskip.skipping.compensation import Compensation, set_compensation
 from gateskip.skipping.policy import ThresholdTable
 from gateskip.skipping.state import state_of
 
-FAMILIES = ("llama", "mistral", "mistral_window", "qwen2", "qwen3")
 VOCAB, LAYERS = 128, 4
+WINDOW = 6
+#: What a family's tiny config says beside the common sizes.
+FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "mistral_window": {"sliding_window": WINDOW},
+    "qwen2": {},
+    "qwen3": {},
+    "cohere": {"use_qk_norm": True, "logit_scale": 0.5},
+    "gemma2": {
+        "query_pre_attn_scalar": 16, "sliding_window": WINDOW, "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 8.0,
+    },
+    "gemma3_text": {
+        "query_pre_attn_scalar": 16, "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "gpt2": {
+        "head_dim": None, "num_key_value_heads": None, "intermediate_size": None,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    },
+    "gpt_neox": {"head_dim": None, "num_key_value_heads": None},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+    "granite": {"residual_multiplier": 0.7, "attention_multiplier": 0.3, "logits_scaling": 2.0},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmo2": {},
+    "phi3": {},
+    "qwen3_moe": {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "decoder_sparse_step": 2,
+    },
+    "smollm3": {"no_rope_layers": [1, 1, 0, 0]},
+}  # fmt: skip
+FAMILIES = tuple(FAMILY_OPTIONS)
+EAGER_ONLY = ("gemma2", "gpt_oss")  # soft caps and sinks
 
 
 def tiny(family: str = "llama", attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
@@ -32,10 +66,13 @@ def tiny(family: str = "llama", attention: str = "sdpa", dtype: torch.dtype = to
         "vocab_size": VOCAB, "max_position_embeddings": 256, "initializer_range": 0.12,
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
-    name = family.removesuffix("_window")
-    if name == "mistral":
-        options["sliding_window"] = 6 if family.endswith("_window") else None
-    config = AutoConfig.for_model(name, **options)
+    options |= FAMILY_OPTIONS[family]
+    # None where a family has no such size; a window may be None.
+    given = {k: v for k, v in options.items() if v is not None or k == "sliding_window"}
+    config = AutoConfig.for_model(family.removesuffix("_window"), **given)
+    attention = "eager" if family in EAGER_ONLY else attention
+    if "num_experts_per_tok" in given:
+        config._experts_implementation = "eager"  # its products are counted
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     return model.to(dtype).eval()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from gateskip.costs import (
 )
 from gateskip.errors import ConfigError
 from gateskip.gates import GATES
-from gateskip.retrofit.attach import find_family
+from gateskip.retrofit.attach import branch_module, find_family, layers_of
 from models import FAMILIES, tiny
 
 SHAPE = ModelShape(
@@ -39,13 +40,24 @@ def test_shape_by_hand() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shape_of_a_model_is_its_weights(family: str) -> None:
     model = tiny(family)
-    shape = find_family(model.config).shape(model)
-    layer = model.model.layers[0]
-    attention, mlp = layer.self_attn, layer.mlp
-    q_o = attention.q_proj.weight.numel() + attention.o_proj.weight.numel()
-    assert shape.macs_q_o == q_o
-    assert shape.macs_kv == attention.k_proj.weight.numel() + attention.v_proj.weight.numel()
-    assert shape.macs_mlp == sum(p.numel() for n, p in mlp.named_parameters() if "proj" in n)
+    spec = find_family(model.config)
+    shape = spec.shape(model)
+
+    def weights(module: Any) -> int:
+        """Numbers in matrices that a token meets: of stacked experts, those that it uses."""
+        share = shape.experts_per_token / max(shape.experts, 1)
+        return round(
+            sum(
+                p.numel() * (share if p.dim() == 3 else 1)
+                for n, p in module.named_parameters()
+                if p.dim() > 1 and "bias" not in n and "norm" not in n
+            )
+        )
+
+    for index, layer in enumerate(layers_of(model, spec)):
+        attention = branch_module(layer, spec, "attention")
+        assert shape.macs_q_o + shape.macs_kv == weights(attention)
+        assert shape.macs_mlp_of(index) == weights(branch_module(layer, spec, "mlp"))
     assert shape.macs_lm_head == model.lm_head.weight.numel()
     assert shape.weight_bytes == 4
     assert find_family(model.config).shape(tiny(family, dtype=torch.bfloat16)).weight_bytes == 2

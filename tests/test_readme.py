@@ -40,6 +40,19 @@ def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert isinstance(names["model"], torch.nn.Module)
 
 
+def test_the_python_of_the_page_on_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gateskip.retrofit.families import FAMILIES
+
+    monkeypatch.setattr(FAMILIES, "_targets", dict(FAMILIES._targets))
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names: dict[str, object] = {}
+    exec(compile(code, "families.md", "exec"), names)
+    for name in FAMILIES.names():
+        if name != "starcoder2":
+            assert name in page, f"docs/families.md does not name {name}"
+
+
 def test_the_makefile_has_what_the_readme_names() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = set(re.findall(r"make ([a-z]+)", (ROOT / "README.md").read_text(encoding="utf-8")))

@@ -34,12 +34,13 @@ RECIPES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "trained_gates": ({}, {"--train-gates": "", "--gate-learning-rate": "1e-3"}),
     "low_budgets": ({}, {"--budget": "0.4"}),
     "rate4": ({}, {"--learning-rate": "4e-3"}),
+    "steps120": ({}, {"--steps": "120", "--save-every": "30"}),
     "steps240": ({}, {"--steps": "240", "--save-every": "30"}),
 }
 COMPUTE = ("1.0", "0.9", "0.85", "0.75", "0.5")
-SETS = {
+SETS: dict[str, tuple[tuple[str, str], ...]] = {
     "dev": (("dev_gsm8k", "6000"), ("dev_wikitext2", "6000")),
-    "test": (("gsm8k_test", None), ("wikitext2_test", None)),
+    "test": (("gsm8k_test", "15000"), ("wikitext2_test", "15000")),
 }
 
 
@@ -110,7 +111,7 @@ def main() -> None:
                 gateskip(
                     "eval", str(out), "--base", args.model, "--data",
                     str(args.texts / f"{name}.jsonl"), "--seed", str(seed), "--dtype", "bfloat16",
-                    "--max-length", "512", *(["--max-tokens", tokens] if tokens else []),
+                    "--max-length", "512", "--max-tokens", tokens,
                     *(["--arm", "control"] if arm == "control" else budgets),
                     "--json", str(result),
                 )  # fmt: skip

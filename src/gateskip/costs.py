@@ -17,7 +17,7 @@ __all__ = ["BranchCost", "ModelShape", "branch_cost", "break_even_skip_rate", "g
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
-    """Sizes of a decoder with separate q, k, v, o projections and a gated MLP.
+    """Sizes of a decoder.
 
     Attributes:
         layers: number of decoder layers.
@@ -26,6 +26,9 @@ class ModelShape:
         intermediate: inner width of the MLP.
         vocab: rows of the LM head.
         mlp_projections: matrices of one MLP (3 for gated MLPs, 2 otherwise).
+        whole_qkv: keys and values of a skipped token cost its query, too: the projection is one.
+        experts: in a mixture, experts_per_token of them work on a token, of inner width
+            expert_intermediate; dense_layers have a plain MLP all the same.
         weight_bytes: bytes of one stored weight.
     """
 
@@ -38,6 +41,11 @@ class ModelShape:
     vocab: int
     mlp_projections: int = 3
     weight_bytes: int = 4
+    whole_qkv: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_intermediate: int = 0
+    dense_layers: frozenset[int] = frozenset()
 
     @property
     def macs_q_o(self) -> int:
@@ -50,6 +58,11 @@ class ModelShape:
         return 2 * self.hidden * self.kv_heads * self.head_dim
 
     @property
+    def macs_skipped_kv(self) -> int:
+        """MACs of keys and values of a token whose query is not wanted."""
+        return self.macs_kv + (self.macs_q_o // 2 if self.whole_qkv else 0)
+
+    @property
     def macs_per_key(self) -> int:
         """MACs of the attention scores and the weighted sum, per query token and visible key."""
         return 2 * self.heads * self.head_dim
@@ -59,6 +72,13 @@ class ModelShape:
         """MACs per token of one MLP."""
         return self.mlp_projections * self.hidden * self.intermediate
 
+    def macs_mlp_of(self, layer: int) -> int:
+        """MACs per token of the MLP of a layer, or of the experts that it uses and their router."""
+        if not self.experts or layer in self.dense_layers:
+            return self.macs_mlp
+        expert = 3 * self.hidden * self.expert_intermediate
+        return self.experts_per_token * expert + self.experts * self.hidden
+
     @property
     def macs_lm_head(self) -> int:
         """MACs per position whose logits are computed."""
@@ -66,8 +86,8 @@ class ModelShape:
 
     def dense_macs(self, keys: float) -> float:
         """Decoder MACs per token of the dense model when a token sees ``keys`` keys on average."""
-        layer = self.macs_q_o + self.macs_kv + self.macs_mlp + self.macs_per_key * keys
-        return self.layers * layer
+        attention = self.macs_q_o + self.macs_kv + self.macs_per_key * keys
+        return self.layers * attention + sum(self.macs_mlp_of(i) for i in range(self.layers))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +100,7 @@ class BranchCost:
         kept_gate: gate value of a kept token.
         decision: score of any valid token.
         skipped: K/V projection and compensation of a skipped token.
-        weights: numbers read when at least one token is kept.
+        weights: numbers read when at least one token is kept (of experts: by one token).
         weights_kv: numbers read for K/V alone when tokens are skipped and none is kept.
         gate_weights: float32 numbers read for gate values.
         decision_weights: float32 numbers read for the decision.
@@ -128,13 +148,13 @@ def branch_cost(
     """
     attention = key[1] == "attention"
     gated = key[1] in config.branches
-    computed = shape.macs_q_o + shape.macs_kv if attention else shape.macs_mlp
+    computed = shape.macs_q_o + shape.macs_kv if attention else shape.macs_mlp_of(key[0])
     kind = "scalar" if alike else config.kind
     gate = gate_macs(kind, shape.hidden, config.rank) if gated else 0
     # The paper's importance needs the whole gate for every token; the mean logit one dot product.
     decision = {"mean_gate": gate, "random": 0}.get(config.importance, shape.hidden) if gated else 0
     comp = compensation_macs(config.compensation, shape.hidden, config.compensation_rank)
-    kv = shape.macs_kv if attention and config.kv_source == "project" else 0
+    kv = shape.macs_skipped_kv if attention and config.kv_source == "project" else 0
     return BranchCost(
         computed=computed,
         per_key=shape.macs_per_key if attention else 0,
@@ -156,7 +176,8 @@ def saved_macs(cost: BranchCost, keys: float) -> float:
 
 def break_even_skip_rate(shape: ModelShape, config: GateConfig, keys: float) -> float:
     """Skip rate (equal for all branches) from which on gates save more MACs than they cost."""
-    costs = [branch_cost(shape, config, (0, kind)) for kind in ("attention", "mlp")]
+    kinds = ("attention", "mlp")
+    costs = [branch_cost(shape, config, (i, kind)) for i in range(shape.layers) for kind in kinds]
     added = sum(c.kept_gate + c.decision for c in costs)
     saved = sum(saved_macs(c, keys) for c in costs if c.decision)
     return added / saved if saved > 0 else float("inf")

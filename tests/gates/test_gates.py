@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from gateskip.config import GateConfig
 from gateskip.gates import GATES, Gate
-from gateskip.skipping.score import branch_score, single_score
+from gateskip.skipping.score import Norm, branch_score, single_score
 
 HIDDEN = 48
 KINDS = GATES.names()
@@ -168,7 +168,9 @@ def test_moves_between_devices(kind: str) -> None:
 def test_branch_score_is_the_mean_logit(kind: str, grad: bool) -> None:
     gate, layer_norm, h = built(kind), norm(), torch.randn(2, 9, HIDDEN) * 3
     with torch.set_grad_enabled(grad):
-        score, _ = branch_score(h, layer_norm, layer_norm.variance_epsilon, gate, "mean_logit")
+        score, _ = branch_score(
+            h, Norm(layer_norm, layer_norm.variance_epsilon, "rms"), gate, "mean_logit"
+        )
         expected = (gate.logits(layer_norm(h)).mean(-1) - 0.4) / 1.7
     assert score.shape == (2, 9)
     torch.testing.assert_close(score, expected, atol=1e-5, rtol=1e-5)
@@ -181,7 +183,7 @@ def test_score_gradients_reach_the_gate_only(kind: str) -> None:
     h = torch.randn(2, 4, HIDDEN, requires_grad=True)
     for importance in ("mean_logit", "mean_gate"):
         gate.zero_grad()
-        branch_score(h, layer_norm, 1e-5, gate, importance)[0].sum().backward()
+        branch_score(h, Norm(layer_norm, 1e-5, "rms"), gate, importance)[0].sum().backward()
         assert h.grad is None
         assert layer_norm.weight.grad is None
         assert all(p.grad is not None for p in gate.parameters())
@@ -190,7 +192,7 @@ def test_score_gradients_reach_the_gate_only(kind: str) -> None:
 @every_kind
 def test_mean_gate_is_the_mean_gate(kind: str) -> None:
     gate, layer_norm, h = built(kind), norm(), torch.randn(2, 9, HIDDEN)
-    score, _ = branch_score(h, layer_norm, 1e-5, gate, "mean_gate")
+    score, _ = branch_score(h, Norm(layer_norm, 1e-5, "rms"), gate, "mean_gate")
     torch.testing.assert_close(score, gate(layer_norm(h)).mean(-1))
 
 
@@ -202,7 +204,7 @@ def test_single_score_is_branch_score(kind: str) -> None:
         h = torch.randn(1, 1, HIDDEN) * scale
         w, b = gate.decision_vector()
         eps = layer_norm.variance_epsilon
-        expected, _ = branch_score(h, layer_norm, eps, gate, "mean_logit")
+        expected, _ = branch_score(h, Norm(layer_norm, eps, "rms"), gate, "mean_logit")
         single = single_score(h.view(-1), w * layer_norm.weight.float(), b, eps)
         assert single == pytest.approx(float(expected), abs=1e-5, rel=1e-5)
 
@@ -210,7 +212,7 @@ def test_single_score_is_branch_score(kind: str) -> None:
 def test_scores_follow_a_fused_optimiser() -> None:
     """PyTorch's fused optimisers change weights without counting up their versions."""
     from gateskip.retrofit.attach import gate_of, gated_branches
-    from gateskip.skipping.score import branch_score
+    from gateskip.skipping.score import Norm, branch_score
     from gateskip.skipping.state import state_of
     from models import gated, random_ids
 
@@ -222,7 +224,7 @@ def test_scores_follow_a_fused_optimiser() -> None:
 
     def check() -> None:
         with torch.no_grad():
-            found, _ = branch_score(h, norm, norm.variance_epsilon, gate, "mean_logit")
+            found, _ = branch_score(h, Norm(norm, norm.variance_epsilon, "rms"), gate, "mean_logit")
             expected = gate.logits(norm(h)).mean(-1)
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(gate(norm(h)), gate.logits(norm(h)).sigmoid())

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import gateskip
-from gateskip.retrofit.attach import gated_branches, layers_of
+from gateskip.retrofit.attach import decoder_of, find_family, gated_branches, layers_of
 from gateskip.skipping.state import override, replay, state_of
 from models import (
     FAMILIES,
@@ -37,6 +37,29 @@ PAIRWISE = [
     ("qwen3", "sdpa", "right", "project", "low_rank"),
     ("qwen3", "eager", "left", "previous", "mean"),
     ("qwen3", "sdpa", "none", "project", "none"),
+    ("cohere", "sdpa", "left", "project", "low_rank"),
+    ("cohere", "eager", "right", "previous", "none"),
+    ("gemma2", "eager", "left", "project", "mean"),
+    ("gemma2", "eager", "right", "previous", "none"),
+    ("gemma3_text", "sdpa", "left", "previous", "low_rank"),
+    ("gemma3_text", "sdpa", "none", "project", "mean"),
+    ("gpt2", "sdpa", "left", "project", "none"),
+    ("gpt2", "eager", "none", "previous", "mean"),
+    ("gpt_neox", "sdpa", "left", "project", "low_rank"),
+    ("gpt_neox", "eager", "right", "previous", "none"),
+    ("gpt_oss", "eager", "left", "project", "none"),
+    ("gpt_oss", "eager", "none", "previous", "low_rank"),
+    ("granite", "sdpa", "right", "project", "mean"),
+    ("granite", "eager", "left", "previous", "low_rank"),
+    ("mixtral", "sdpa", "left", "project", "low_rank"),
+    ("olmo2", "sdpa", "left", "project", "low_rank"),
+    ("olmo2", "eager", "none", "previous", "mean"),
+    ("phi3", "sdpa", "left", "project", "mean"),
+    ("phi3", "sdpa", "right", "previous", "none"),
+    ("qwen3_moe", "sdpa", "left", "project", "none"),
+    ("qwen3_moe", "eager", "right", "previous", "low_rank"),
+    ("smollm3", "sdpa", "left", "project", "low_rank"),
+    ("smollm3", "eager", "none", "previous", "none"),
 ]
 FULL = list(
     product(
@@ -58,7 +81,8 @@ def test_i1_unit_gates_are_the_dense_model(family: str, attention: str, side: st
     model = tiny(family, attention)
     ids, mask, positions = padded(3, 14, side)
     before = {n: (p.clone(), id(p)) for n, p in model.named_parameters()}
-    classes = [type(layer) for layer in model.model.layers]
+    layers = layers_of(model, find_family(model.config))
+    classes = [type(layer) for layer in layers]
     dense = model(ids, attention_mask=mask, position_ids=positions).logits
     cached = through_cache(model, ids, mask, positions, 1)
     gateskip.attach(model, gateskip.GateConfig(init_std=0.0, init_bias=40.0))
@@ -66,7 +90,7 @@ def test_i1_unit_gates_are_the_dense_model(family: str, attention: str, side: st
     assert torch.equal(through_cache(model, ids, mask, positions, 1), cached)
     assert set(before) < set(dict(model.named_parameters()))
     gateskip.detach(model)
-    assert [type(layer) for layer in model.model.layers] == classes
+    assert [type(layer) for layer in layers] == classes
     after = dict(model.named_parameters())
     assert set(after) == set(before)
     for name, (value, identity) in before.items():
@@ -84,7 +108,7 @@ def test_i2_compacted_is_masked(family: str, attention: str, side: str, kv: str,
     state, valid = state_of(model), mask.bool()
     with override(state, thresholds=medians(model)), gateskip.trace(model) as own:
         fast = model(ids, attention_mask=mask).logits
-    assert 0.3 < own.ledger.skip_rate < 0.7
+    assert 0.2 < own.ledger.skip_rate < 0.7
     decisions = [{k: v[0] for k, v in own.keep.items()}]
     with replay(state, decisions), gateskip.execution(model, "masked"):
         slow = model(ids, attention_mask=mask).logits
@@ -206,7 +230,7 @@ def test_i6_formula_is_the_flop_counter(family: str) -> None:
     state, ids = state_of(model), random_ids(2, 12)
     with FlopCounterMode(display=False) as counter, gateskip.budget(model, keep=1.0):
         with gateskip.trace(model) as trace:
-            model.model(ids, use_cache=False)
+            decoder_of(model, state.family)(ids, use_cache=False)
     shape = state.shape
     # The counter sees the full score rectangle, the formula the visible triangle.
     triangle = sum(
@@ -220,16 +244,16 @@ def test_i6_formula_is_the_flop_counter(family: str) -> None:
     assert counted_macs - expected in (0, rotary, 2 * rotary, 12 * 8)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_i6_flop_counter_sees_the_skips() -> None:
-    model = gated(compensation="none")
+def test_i6_flop_counter_sees_the_skips(family: str) -> None:
+    model = gated(family, compensation="low_rank")
     ids = random_ids(1, 24)
     with override(state_of(model), thresholds=medians(model)):
         with FlopCounterMode(display=False) as counter, gateskip.trace(model) as trace:
-            model.model(ids, use_cache=False)
-    linear = sum(
-        flops for op, flops in counter.get_flop_counts()["Global"].items() if "mm" in str(op)
-    ) / 2  # fmt: skip
+            decoder_of(model, state_of(model).family)(ids, use_cache=False)
+    counts = counter.get_flop_counts()["Global"]
+    linear = sum(n for op, n in counts.items() if str(op) in ("aten.mm", "aten.addmm")) / 2
     call = trace.calls[0]
     attended = sum(
         float((call.keys_BT * call.keep[(layer, "attention")]).sum()) for layer in range(LAYERS)
@@ -330,7 +354,7 @@ def test_i1_detach_restores_everything(family: str) -> None:
     gateskip.detach(model)
     assert {n: (id(m), type(m)) for n, m in model.named_modules()} == modules
     assert {n: set(vars(m)) for n, m in model.named_modules()} == attributes
-    assert not model.model._forward_pre_hooks
+    assert not decoder_of(model, find_family(model.config))._forward_pre_hooks
     after = model.state_dict()
     assert list(after) == list(state)
     assert all(torch.equal(after[name], value) for name, value in state.items())

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 import gateskip
 from gateskip.config import BRANCH_KINDS
 from gateskip.gates import GATES
 from gateskip.gates.low_rank import LowRankGate
-from gateskip.retrofit.attach import gated_branches
+from gateskip.retrofit.attach import find_family, gated_branches, layers_of
 from gateskip.skipping.state import override, state_of
 from models import FAMILIES, LAYERS, gated, medians, random_ids, tiny, with_table
 
@@ -49,10 +49,13 @@ def test_attach_twice_and_detach_twice() -> None:
 
 
 def test_unsupported_architecture_lists_the_supported() -> None:
-    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32)
+    config = OPTConfig(
+        hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=1, num_attention_heads=2,
+        ffn_dim=32, vocab_size=64, max_position_embeddings=32,
+    )  # fmt: skip
     with pytest.raises(gateskip.UnsupportedError) as caught:
-        gateskip.attach(GPT2LMHeadModel(config))
-    for name in ("gpt2", "llama", "mistral", "qwen2", "qwen3"):
+        gateskip.attach(OPTForCausalLM(config))
+    for name in ("opt", "llama", "mistral", "qwen2", "qwen3"):
         assert name in str(caught.value)
 
 
@@ -92,14 +95,16 @@ def test_rolled_back_when_a_layer_fails(monkeypatch: pytest.MonkeyPatch, at: int
 def test_names_and_classes_stay(family: str) -> None:
     model = tiny(family)
     before = {name: id(p) for name, p in model.named_parameters()}
-    cls, layer_name = type(model), type(model.model.layers[0]).__name__
+    layer = layers_of(model, find_family(model.config))[0]
+    cls, layer_class = type(model), type(layer)
     gateskip.attach(model)
     after = {name: id(p) for name, p in model.named_parameters()}
     assert {name: after[name] for name in before} == before
     assert all(".skip_gate." in name for name in after.keys() - before.keys())
     assert type(model) is cls
-    assert type(model.model.layers[0]).__name__ == layer_name
-    assert isinstance(model.model.layers[0], type(tiny(family).model.layers[0]))
+    assert type(layer).__name__ == layer_class.__name__
+    assert type(layer) is not layer_class
+    assert isinstance(layer, layer_class)
 
 
 @pytest.mark.parametrize("branches", [("attention",), ("mlp",)])

@@ -11,7 +11,15 @@ from torch import nn
 from gateskip.config import Budget, GateConfig
 from gateskip.errors import UnsupportedError
 from gateskip.execution.hooks import WIRING, check_backend
-from gateskip.retrofit.attach import find_family, install, resume, suspend, uninstall
+from gateskip.retrofit.attach import (
+    find_family,
+    head_of,
+    install,
+    layers_of,
+    resume,
+    suspend,
+    uninstall,
+)
 from gateskip.retrofit.fingerprint import fingerprint
 from gateskip.skipping.ledger import Trace
 from gateskip.skipping.state import GateSkipState, check_execution, override, state_of
@@ -38,13 +46,14 @@ def attach(model: M, config: GateConfig | None = None) -> M:
     config = config or GateConfig()
     hf_config: Any = getattr(model, "config", None)
     family = find_family(hf_config)
-    if not hasattr(model, "generate") or not hasattr(model, "lm_head"):
+    if not hasattr(model, "generate") or head_of(model) is None:
         raise UnsupportedError(
             f"{type(model).__name__} is not a causal language model; load it with "
             "AutoModelForCausalLM."
         )
     check_backend(hf_config)
     state = GateSkipState(config, family, family.shape(model))
+    state.sources = family.sources(layers_of(model, family))
     state.base = fingerprint(model)
     install(model, family, config, state, WIRING)
     earlier = vars(model).pop("_gateskip_tuned", None)

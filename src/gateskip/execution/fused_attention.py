@@ -65,6 +65,7 @@ def attend(
 
     batch, new, width = call.batch, call.new, attention.head_dim
     u_valid, index = valid
+    assert inputs.cos_sin is not None
     cos, sin = (t.reshape(-1, t.shape[-1]).to(u_valid.dtype).contiguous() for t in inputs.cos_sin)
     tables = (cos, sin)
     # Kernels read raw memory: whatever a projection returns must be of the stream's dtype.

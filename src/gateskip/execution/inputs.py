@@ -25,27 +25,31 @@ class AttentionInputs:
 
     Attributes:
         mask: what transformers made of the 2-D mask: None (plain causal) or ``[B, 1, T, S]``.
-        cos_sin: rotary tables ``[B or 1, T, D]`` each.
+        cos_sin: rotary tables ``[B or 1, T, D]`` each, or None. new: T. dtype: of the stream.
         position_ids: ``[B or 1, T]`` or None.
         cache_name: the name under which the family passes the cache. cache: the real one.
         rest: everything else, passed on.
     """
 
     mask: Tensor | None
-    cos_sin: tuple[Tensor, Tensor]
+    cos_sin: tuple[Tensor, Tensor] | None
+    new: int
+    dtype: torch.dtype
     position_ids: Tensor | None
     cache_name: str
     cache: Any
     rest: dict[str, Any]
 
     @classmethod
-    def of(cls, kwargs: dict[str, Any]) -> AttentionInputs:
+    def of(cls, kwargs: dict[str, Any], hidden_states: Tensor) -> AttentionInputs:
         """Take a layer's keyword arguments apart."""
         kwargs = dict(kwargs)
         name = next((n for n in CACHE_NAMES if n in kwargs), CACHE_NAMES[0])
         return cls(
             mask=kwargs.pop("attention_mask", None),
-            cos_sin=kwargs.pop("position_embeddings"),
+            cos_sin=kwargs.pop("position_embeddings", None),
+            new=hidden_states.shape[1],
+            dtype=hidden_states.dtype,
             position_ids=kwargs.pop("position_ids", None),
             cache_name=name,
             cache=kwargs.pop(name, None),
@@ -54,16 +58,24 @@ class AttentionInputs:
 
     def whole(self, cache: Any) -> dict[str, Any]:
         """Arguments for all tokens, with ``cache`` in place of the real one."""
+        return self._with(self.mask, self.cos_sin, self.position_ids, cache)
+
+    def _with(
+        self, mask: Tensor | None, cos_sin: Any, position_ids: Tensor | None, cache: Any
+    ) -> dict[str, Any]:
+        tables = {} if cos_sin is None else {"position_embeddings": cos_sin}
         return {
-            "attention_mask": self.mask,
-            "position_embeddings": self.cos_sin,
-            "position_ids": self.position_ids,
+            "attention_mask": mask,
+            "position_ids": position_ids,
             self.cache_name: cache,
+            **tables,
             **self.rest,
         }
 
-    def tables(self, batch: int) -> tuple[Tensor, Tensor]:
+    def tables(self, batch: int) -> tuple[Tensor, Tensor] | None:
         """cos and sin of every token, ``[B·T, D]``."""
+        if self.cos_sin is None:
+            return None
         cos, sin = (t.expand(batch, -1, -1).flatten(0, 1) for t in self.cos_sin)
         return cos, sin
 
@@ -76,7 +88,7 @@ class AttentionInputs:
             cache: the writer. position_RT: int64 ``[R, Tq]``.
             rows_R: batch rows, or None for all. layer_idx: for the cache.
         """
-        flat_RT = flat_positions(position_RT, rows_R, self.cos_sin[0].shape[1])
+        flat_RT = flat_positions(position_RT, rows_R, self.new)
 
         def pick(t: Tensor) -> Tensor:
             return rows_at(t, position_RT if t.shape[0] == 1 else flat_RT)
@@ -86,38 +98,28 @@ class AttentionInputs:
             ids = pick(ids[..., None])[..., 0]
         rows = self.mask_rows(call, layer_idx)
         mask = None if rows is None else rows.select(flat_RT, rows.length)[:, None]
-        return {
-            "attention_mask": mask,
-            "position_embeddings": (pick(self.cos_sin[0]), pick(self.cos_sin[1])),
-            "position_ids": ids,
-            self.cache_name: cache,
-            **self.rest,
-        }
+        cos_sin = None if self.cos_sin is None else tuple(pick(t) for t in self.cos_sin)
+        return self._with(mask, cos_sin, ids, cache)
 
     def flat_queries(self, cache: Any, kept_N: Tensor, batch: int) -> dict[str, Any]:
         """Arguments for the queries at flat indices ``kept_N`` as one sequence ``[1, N]``.
 
         The mask is left to :class:`~gateskip.execution.grid.GridAttention`.
         """
-        cos, sin = self.tables(batch)
+        tables = self.tables(batch)
+        if tables is not None:
+            tables = tuple(t.index_select(0, kept_N)[None] for t in tables)  # type: ignore[assignment]
         ids = self.position_ids
         if ids is not None:
             ids = ids.expand(batch, -1).reshape(1, -1).index_select(1, kept_N)
-        return {
-            "attention_mask": None,
-            "is_causal": False,
-            "position_embeddings": tuple(t.index_select(0, kept_N)[None] for t in (cos, sin)),
-            "position_ids": ids,
-            self.cache_name: cache,
-            **self.rest,
-        }
+        return {"is_causal": False, **self._with(None, tables, ids, cache)}
 
     def mask_rows(self, call: Call, layer_idx: int) -> MaskRows | None:
         """The mask's rows, one object per call and kind of layer; None where all keys are seen.
 
         Ask before the cache is written: its answer on sizes changes with it.
         """
-        new, length, offset = self.cos_sin[0].shape[1], self.cos_sin[0].shape[1], 0
+        new, length, offset = self.new, self.new, 0
         if self.cache is not None:
             length, offset = (int(n) for n in self.cache.get_mask_sizes(new, layer_idx))
         if self.mask is None and new == 1:
@@ -126,7 +128,7 @@ class AttentionInputs:
         if key not in call.masks:
             call.masks[key] = MaskRows(
                 self.mask, new=new, past=call.past, length=length, offset=offset,
-                dtype=self.cos_sin[0].dtype, device=call.device, valid_BT=call.valid_BT,
+                dtype=self.dtype, device=call.device, valid_BT=call.valid_BT,
             )  # fmt: skip
         return call.masks[key]
 

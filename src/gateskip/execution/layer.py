@@ -9,6 +9,7 @@ does not call the branch at all. Nothing falls back from one execution to the ot
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -16,101 +17,20 @@ from torch import Tensor, nn
 
 from gateskip.config import BranchKey
 from gateskip.errors import UnsupportedError
+from gateskip.execution.branch import Branch
 from gateskip.execution.fused_attention import attend, takes_kernels
-from gateskip.execution.fused_mlp import run_mlp
+from gateskip.execution.fused_mlp import own_mlp, run_mlp
 from gateskip.execution.grid import Grid, GridAttention
 from gateskip.execution.inputs import AttentionInputs, flat_positions, grid_of
-from gateskip.execution.rounding import repeated, rounded_rows
-from gateskip.execution.token import NO, YES, token_layer
+from gateskip.execution.rounding import repeated
+from gateskip.execution.token import YES, token_layer
 from gateskip.execution.trained_attention import CausalAttention
-from gateskip.gates import Gate
-from gateskip.retrofit.families import FamilySpec
 from gateskip.skipping.call import Call
-from gateskip.skipping.compensation import compensation_of
 from gateskip.skipping.join import join, join_at
 from gateskip.skipping.key_values import CacheWriter, flat_tokens, project_kv
 from gateskip.skipping.masked import masked_join
-from gateskip.skipping.score import (
-    branch_score,
-    normed_at,
-    random_score,
-    scaled_vector,
-    single_score,
-)
 
 __all__ = ["layer_forward"]
-
-
-class _Branch:
-    """One branch of one layer during one call."""
-
-    __slots__ = (
-        "call", "compensation", "family", "gate", "inverse", "key", "module", "norm", "score_N",
-    )  # fmt: skip
-
-    def __init__(self, layer: nn.Module, call: Call, kind: str, index: int) -> None:
-        family: FamilySpec = call.state.family
-        attention = kind == "attention"
-        self.call, self.family, self.key = call, family, (index, kind)
-        self.module: nn.Module = getattr(layer, family.attention if attention else family.mlp)
-        self.norm: nn.Module = getattr(
-            layer, family.attention_norm if attention else family.mlp_norm
-        )
-        gate = self.module._modules.get("skip_gate")
-        self.gate = gate if isinstance(gate, Gate) else None
-        self.compensation = compensation_of(self.module)
-        self.inverse: Tensor | None = None  # 1 / rms(h), where scoring found it
-        self.score_N: Tensor | None = None  # mean logits of all tokens, likewise
-
-    @property
-    def eps(self) -> float:
-        return float(getattr(self.norm, self.family.norm_eps))
-
-    def decide(self, h_BTH: Tensor) -> Tensor | None:
-        """The keep mask, or None where nobody can be skipped."""
-        call = self.call
-        if call.objective is not None and self.gate is not None:
-            call.objective.branch(self.key, self.gate, self.norm(h_BTH.detach()).detach(), call)
-        if self.gate is None or not call.decides or self.fixed:
-            return None
-        if self.key in call.keep:
-            return call.keep[self.key]
-        importance = call.state.config.importance
-        plain = call.forced is None and call.scores is None and importance == "mean_logit"
-        if call.single and plain:
-            return self._decide_single(h_BTH)
-        # A hard decision has no gradient; without a graph, recomputation can replay it as it is.
-        if importance == "random":
-            return call.decide(self.key, random_score(call.visible_keys(), self.key, call.seed))
-        with torch.no_grad():
-            score_BT, self.inverse = branch_score(h_BTH, self.norm, self.eps, self.gate, importance)
-        hooked = self.norm._forward_hooks or self.norm._forward_pre_hooks
-        if self.inverse is not None and not hooked:
-            self.score_N = score_BT.flatten()
-        return call.decide(self.key, score_BT)
-
-    def input_at(self, h_NH: Tensor, index_M: Tensor | None, *, rounded: bool = False) -> Tensor:
-        """u of the tokens at flat indices (None: all), ``[M, H]``; more, zero rows if rounded."""
-        rows = h_NH.shape[0] if index_M is None else index_M.shape[0]
-        if rounded:
-            rows = rounded_rows(rows, h_NH.dtype, h_NH.device)
-        return normed_at(h_NH, self.norm, self.inverse, index_M, rows)
-
-    @property
-    def fixed(self) -> bool:
-        """The first attention has no earlier K/V to copy, so ``previous`` never skips it."""
-        return self.key == (0, "attention") and self.call.state.config.kv_source == "previous"
-
-    def _decide_single(self, h_11H: Tensor) -> Tensor:
-        call, gate = self.call, self.gate
-        assert gate is not None
-        assert call.thresholds is not None
-        w_H, b = scaled_vector(gate, self.norm)
-        score = single_score(h_11H.detach().view(-1), w_H, b, self.eps)
-        kept = score >= call.thresholds[self.key] or call.protected_BT is not None
-        keep_BT = YES if kept else NO
-        call.keep[self.key] = keep_BT
-        return keep_BT
 
 
 def layer_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -122,7 +42,8 @@ def layer_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs:
             "gateskip.detach(model) first."
         )
     if args:
-        names = ("attention_mask", "position_ids")
+        base = type(layer).__dict__["_gateskip_base"]
+        names = list(inspect.signature(base.forward).parameters)[2:]
         kwargs.update(zip(names, args, strict=False))
     index = vars(layer)["_gateskip_layer"][1]
     h = None
@@ -139,64 +60,79 @@ def layer_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs:
 def _layer(
     layer: nn.Module, call: Call, index: int, hidden_states: Tensor, kwargs: dict[str, Any]
 ) -> Tensor:
-    inputs = AttentionInputs.of(kwargs)
-    h = _attention(_Branch(layer, call, "attention", index), hidden_states, inputs)
+    inputs = AttentionInputs.of(kwargs, hidden_states)
+    attention, mlp = (Branch(layer, call, kind, index) for kind in ("attention", "mlp"))
+    if call.state.family.is_parallel(layer):
+        return _parallel(attention, mlp, hidden_states, inputs)
+    h = _attention(attention, hidden_states, hidden_states, inputs)
     owned = not torch.is_grad_enabled() and h.data_ptr() != hidden_states.data_ptr()
-    return _mlp(_Branch(layer, call, "mlp", index), h, owned=owned)
+    return _mlp(mlp, h, h, owned=owned)
 
 
-def _attention(branch: _Branch, h: Tensor, inputs: AttentionInputs) -> Tensor:
+def _parallel(attention: Branch, mlp: Branch, h: Tensor, inputs: AttentionInputs) -> Tensor:
+    """Both branches read the layer's input."""
+    if not attention.family.sum_first:
+        return _mlp(mlp, h, _attention(attention, h, h, inputs), owned=False)
+    added = _attention(attention, h, torch.zeros_like(h), inputs)
+    return _mlp(mlp, h, added, owned=False) + h
+
+
+def _attention(branch: Branch, h: Tensor, base: Tensor, inputs: AttentionInputs) -> Tensor:
+    """``base`` plus what the branch, which reads ``h``, adds to it."""
     call = branch.call
     keep = branch.decide(h)
     copies = call.state.config.kv_source == "previous"
     if keep is None or call.masked:
-        u = branch.norm(h)
+        x, u = branch.inputs(h)
         cache = inputs.cache
         writer = _masked_writer(branch, inputs, keep) if copies else None
-        o = _attend_whole(branch, u, inputs, writer or cache)
+        o = _attend_whole(branch, x, inputs, writer or cache)
         if writer is not None and writer.written is not None:
             call.kv[branch.key[0]] = writer.written
-        return _finish_whole(branch, h, u, o, keep)
+        return _finish_whole(branch, h, base, u, o, keep)
     if call.single:
-        return _attention_single(branch, h, inputs, keep, copies)
-    return _attention_compacted(branch, h, inputs, keep, copies)
+        return _attention_single(branch, h, base, inputs, keep, copies)
+    return _attention_compacted(branch, h, base, inputs, keep, copies)
 
 
-def _attend_whole(branch: _Branch, u: Tensor, inputs: AttentionInputs, cache: Any) -> Tensor:
-    """The attention's output for all tokens."""
+def _attend_whole(branch: Branch, x: Tensor, inputs: AttentionInputs, cache: Any) -> Tensor:
+    """What the attention adds for all tokens."""
     call, arguments = branch.call, inputs.whole(cache)
     if torch.is_grad_enabled() and not call.masked and _takes_flat(branch.module, call):
         rows = inputs.mask_rows(call, branch.key[0])
         if rows is not None and rows.plain:
             arguments["attention_mask"] = None
             with CausalAttention():
-                return branch.module(hidden_states=u, **arguments)[0]
-    return branch.module(hidden_states=u, **arguments)[0]
+                return branch.out(branch.module(hidden_states=x, **arguments)[0])
+    return branch.out(branch.module(hidden_states=x, **arguments)[0])
 
 
-def _masked_writer(branch: _Branch, inputs: AttentionInputs, keep: Tensor | None) -> CacheWriter:
+def _masked_writer(branch: Branch, inputs: AttentionInputs, keep: Tensor | None) -> CacheWriter:
     """Passes all K/V on, with skipped tokens' replaced by the previous layer's."""
-    call, layer = branch.call, branch.key[0]
+    call = branch.call
     fill_N = fill = None
-    if keep is not None and layer > 0:
+    source = branch.source
+    if keep is not None and source is not None:
         fill_N = (~keep & call.everyone()).flatten().nonzero()[:, 0]
-        k, v = call.kv[layer - 1]
+        k, v = call.kv[source]
         fill = (flat_tokens(k, fill_N), flat_tokens(v, fill_N))
     return CacheWriter(inputs.cache, call.batch, call.new, fill_N=fill_N, fill=fill)
 
 
-def _finish_whole(branch: _Branch, h: Tensor, u: Tensor, o: Tensor, keep: Tensor | None) -> Tensor:
+def _finish_whole(
+    branch: Branch, h: Tensor, base: Tensor, u: Tensor, o: Tensor, keep: Tensor | None
+) -> Tensor:
     call, gate = branch.call, branch.gate
     if call.observer is not None and gate is not None:
         shown = call.everyone() if keep is None else keep
         call.observer.branch(branch.key, h, u, o, shown, call)
         if call.observer.ungated:
-            return h + o
+            return base + o
     if gate is None:
-        return h + o
+        return base + o
     if keep is None:
-        return join(h, o, u, gate)
-    out = masked_join(h, o, u, gate, keep, call.everyone(), branch.compensation)
+        return join(base, o, u, gate)
+    out = masked_join(base, o, u, gate, keep, call.everyone(), branch.compensation)
     if call.objective is None:
         return out
     kept = keep.flatten().nonzero()[:, 0]
@@ -205,74 +141,76 @@ def _finish_whole(branch: _Branch, h: Tensor, u: Tensor, o: Tensor, keep: Tensor
 
 
 def _attention_single(
-    branch: _Branch, h: Tensor, inputs: AttentionInputs, keep: Tensor, copies: bool
+    branch: Branch, h: Tensor, base: Tensor, inputs: AttentionInputs, keep: Tensor, copies: bool
 ) -> Tensor:
     call, gate = branch.call, branch.gate
     layer, attention = branch.key[0], branch.module
     assert gate is not None
     if keep is YES or bool(keep):
-        u = branch.norm(h)
+        x, u = branch.inputs(h)
         writer = CacheWriter(inputs.cache, 1, 1) if copies else None
-        o = attention(hidden_states=u, **inputs.whole(writer or inputs.cache))[0]
+        o = attention(hidden_states=x, **inputs.whole(writer or inputs.cache))[0]
         if writer is not None and writer.written is not None:
             call.kv[layer] = writer.written
-        return join(h, o, u, gate)
+        return join(base, branch.out(o), u, gate)
     call.computed[branch.key] = torch.zeros(1, dtype=torch.int64)
     if copies:
-        k, v = call.kv[layer] = call.kv[layer - 1]
+        assert branch.source is not None
+        k, v = call.kv[layer] = call.kv[branch.source]
         if inputs.cache is not None:
             inputs.cache.update(k, v, layer)
         if branch.compensation is None:
-            return h
-        return h + branch.compensation(branch.norm(h))
+            return base
+        return base + branch.compensation(branch.inputs(h)[1])
     if inputs.cache is None and branch.compensation is None:
-        return h
-    u = branch.norm(h)
+        return base
+    x, u = branch.inputs(h)
     if inputs.cache is not None:
-        cos, sin = inputs.tables(1)
-        k, v = project_kv(attention, u[0], cos, sin, branch.family.k_norm)
+        k, v = project_kv(attention, x[0], inputs.tables(1), branch.family)
         inputs.cache.update(k.transpose(0, 1)[None], v.transpose(0, 1)[None], layer)
-    return h if branch.compensation is None else h + branch.compensation(u)
+    return base if branch.compensation is None else base + branch.compensation(u)
 
 
 def _attention_compacted(
-    branch: _Branch, h: Tensor, inputs: AttentionInputs, keep: Tensor, copies: bool
+    branch: Branch, h: Tensor, base: Tensor, inputs: AttentionInputs, keep: Tensor, copies: bool
 ) -> Tensor:
     call, gate = branch.call, branch.gate
     layer, attention = branch.key[0], branch.module
     assert gate is not None
-    flat = h.flatten(0, 1)
+    flat, flat_base = h.flatten(0, 1), base.flatten(0, 1)
     kept = keep.flatten().nonzero()[:, 0]
     if takes_kernels(attention, branch.family, call, flat):
         return _attention_fused(branch, flat, inputs, keep, kept).view_as(h)
     if kept.shape[0] == keep.numel():
-        u = branch.input_at(flat, None).view_as(h)
+        x, u = (t.view_as(h) for t in branch.inputs_at(flat, None))
         writer = CacheWriter(inputs.cache, call.batch, call.new) if copies else None
-        all_o = _attend_whole(branch, u, inputs, writer or inputs.cache)
+        all_o = _attend_whole(branch, x, inputs, writer or inputs.cache)
         if writer is not None and writer.written is not None:
             call.kv[layer] = writer.written
-        out = join(h, all_o, u, gate).flatten(0, 1)
+        out = join(base, all_o, u, gate).flatten(0, 1)
         return _learnable(branch, out, all_o.flatten(0, 1), u.flatten(0, 1), kept).view_as(h)
     skip = (~keep & call.everyone()).flatten().nonzero()[:, 0]
     rounded = torch.is_grad_enabled() and skip.shape[0] > 0
-    u_skip = None
+    x_skip = u_skip = None
     if not copies or branch.compensation is not None:
-        u_skip = branch.input_at(flat, skip, rounded=rounded)
+        x_skip, u_skip = branch.inputs_at(flat, skip, rounded=rounded)
     if copies:
-        k, v = call.kv[layer - 1]
+        assert branch.source is not None
+        k, v = call.kv[branch.source]
         fill = (flat_tokens(k, skip), flat_tokens(v, skip))
     else:
-        assert u_skip is not None
-        cos, sin = inputs.tables(call.batch)
-        where, n = repeated(skip, u_skip.shape[0]), skip.shape[0]
-        tables = cos.index_select(0, where), sin.index_select(0, where)
-        k, v = project_kv(attention, u_skip, *tables, branch.family.k_norm)
+        assert x_skip is not None
+        where, n = repeated(skip, x_skip.shape[0]), skip.shape[0]
+        tables = inputs.tables(call.batch)
+        if tables is not None:
+            tables = tables[0].index_select(0, where), tables[1].index_select(0, where)
+        k, v = project_kv(attention, x_skip, tables, branch.family)
         fill = k[:n], v[:n]
-    out = flat.clone()
+    out = flat_base.clone()
     run = _attend_flat if _takes_flat(attention, call) else _attend_grid
     writer, o, u = run(branch, flat, inputs, keep, kept, (skip, fill))
     if o is not None:
-        out = _learnable(branch, join_at(out, flat, o, u, gate, kept), o, u, kept)
+        out = _learnable(branch, join_at(out, flat_base, o, u, gate, kept), o, u, kept)
     if copies:
         assert writer.written is not None
         call.kv[layer] = writer.written
@@ -280,7 +218,7 @@ def _attention_compacted(
 
 
 def _attention_fused(
-    branch: _Branch, flat: Tensor, inputs: AttentionInputs, keep: Tensor, kept: Tensor
+    branch: Branch, flat: Tensor, inputs: AttentionInputs, keep: Tensor, kept: Tensor
 ) -> Tensor:
     """The whole branch on the CPU kernels; returns the flat stream after it."""
     call, gate = branch.call, branch.gate
@@ -288,9 +226,9 @@ def _attention_fused(
     counts = keep.sum(1)
     call.computed[branch.key] = counts
     index = None if call.valid_BT is None else call.valid_BT.flatten().nonzero()[:, 0]
-    u_valid = branch.input_at(flat, index)
+    u_valid = branch.inputs_at(flat, index)[1]
     whole = kept.shape[0] == flat.shape[0]
-    u = u_valid if whole else branch.input_at(flat, kept, rounded=True)
+    u = u_valid if whole else branch.inputs_at(flat, kept, rounded=True)[1]
     given = (u, kept, counts.tolist()) if kept.shape[0] else None
     call.padding[branch.key] = u.shape[0] - kept.shape[0]
     o = attend(branch.module, branch.family, call, inputs, branch.key[0], (u_valid, index), given)
@@ -304,7 +242,7 @@ def _attention_fused(
     if branch.compensation is None:
         return out
     skip = (~keep & call.everyone()).flatten().nonzero()[:, 0]
-    return _compensate(branch, out, skip, branch.input_at(flat, skip, rounded=True))
+    return _compensate(branch, out, skip, branch.inputs_at(flat, skip, rounded=True)[1])
 
 
 def _takes_flat(attention: nn.Module, call: Call) -> bool:
@@ -317,12 +255,12 @@ _Fill = tuple[Tensor, tuple[Tensor, Tensor]]
 
 
 def _attend_flat(
-    branch: _Branch, flat: Tensor, inputs: AttentionInputs, keep: Tensor, kept: Tensor, fill: _Fill
+    branch: Branch, flat: Tensor, inputs: AttentionInputs, keep: Tensor, kept: Tensor, fill: _Fill
 ) -> _Attended:
     """Kept tokens of all rows as one sequence; returns (writer, o [M, H], u [M, H])."""
     call, layer, n = branch.call, branch.key[0], kept.shape[0]
     rounded = torch.is_grad_enabled() and n > 0
-    u = branch.input_at(flat, kept, rounded=rounded)
+    x, u = branch.inputs_at(flat, kept, rounded=rounded)
     padding = u.shape[0] - n
     writer = CacheWriter(
         inputs.cache, call.batch, call.new, kept_N=kept, fill_N=fill[0], fill=fill[1],
@@ -340,12 +278,12 @@ def _attend_flat(
     where = repeated(kept, u.shape[0])
     arguments = inputs.flat_queries(writer, where, call.batch)
     with GridAttention(grid, mask_rows, padding):
-        o = branch.module(hidden_states=u[None], **arguments)[0]
-    return writer, o[0, :n], u[:n]
+        o = branch.module(hidden_states=x[None], **arguments)[0]
+    return writer, branch.out(o)[0, :n], u[:n]
 
 
 def _attend_grid(
-    branch: _Branch, flat: Tensor, inputs: AttentionInputs, keep: Tensor, kept: Tensor, fill: _Fill
+    branch: Branch, flat: Tensor, inputs: AttentionInputs, keep: Tensor, kept: Tensor, fill: _Fill
 ) -> _Attended:
     """Kept tokens as a rectangle of rows, ragged ones padded; returns as :func:`_attend_flat`."""
     call, layer = branch.call, branch.key[0]
@@ -359,9 +297,10 @@ def _attend_grid(
         writer.update(None, None, layer)
         return writer, None, flat[:0]
     index_RT = flat_positions(position, rows, call.new)
-    u = branch.input_at(flat, index_RT.view(-1))
+    x, u = branch.inputs_at(flat, index_RT.view(-1))
     arguments = inputs.queries(writer, position, rows, call, layer)
-    o = branch.module(hidden_states=u.view(*index_RT.shape, -1), **arguments)[0].flatten(0, 1)
+    o = branch.module(hidden_states=x.view(*index_RT.shape, -1), **arguments)[0]
+    o = branch.out(o).flatten(0, 1)
     return writer, *((o, u) if slots is None else (o[slots], u[slots]))
 
 
@@ -374,7 +313,7 @@ def _count(call: Call, key: BranchKey, position: Tensor, rows: Tensor | None) ->
         call.computed[key] = counts.index_fill_(0, rows, 1)
 
 
-def _compensate(branch: _Branch, out_NH: Tensor, skip: Tensor, u_skip: Tensor | None) -> Tensor:
+def _compensate(branch: Branch, out_NH: Tensor, skip: Tensor, u_skip: Tensor | None) -> Tensor:
     """Add the compensation to skipped tokens of the flat stream; ``u_skip`` may have more rows."""
     compensation = branch.compensation
     if compensation is None or skip.shape[0] == 0:
@@ -383,7 +322,7 @@ def _compensate(branch: _Branch, out_NH: Tensor, skip: Tensor, u_skip: Tensor | 
     return compensation.add_at(out_NH, u_skip, skip)
 
 
-def _learnable(branch: _Branch, out_NH: Tensor, o_MH: Tensor, u_MH: Tensor, kept: Tensor) -> Tensor:
+def _learnable(branch: Branch, out_NH: Tensor, o_MH: Tensor, u_MH: Tensor, kept: Tensor) -> Tensor:
     """``out``, unchanged in value; in training a kept token's decision may get a gradient."""
     call, gate = branch.call, branch.gate
     if call.objective is None or call.thresholds is None or not torch.is_grad_enabled():
@@ -394,39 +333,54 @@ def _learnable(branch: _Branch, out_NH: Tensor, o_MH: Tensor, u_MH: Tensor, kept
     return out_NH if change is None else out_NH.index_add(0, kept, change.to(out_NH.dtype))
 
 
-def _mlp(branch: _Branch, h: Tensor, *, owned: bool) -> Tensor:
-    """The MLP branch; ``owned``: nobody else holds ``h``, so it may be changed in place."""
+def _mlp(branch: Branch, h: Tensor, base: Tensor, *, owned: bool) -> Tensor:
+    """``base`` plus what the branch, which reads ``h``, adds to it.
+
+    Args:
+        owned: nobody else holds ``base``, so it may be changed in place.
+    """
     call, gate = branch.call, branch.gate
     keep = branch.decide(h)
     if keep is None or call.masked:
-        u = branch.norm(h)
-        return _finish_whole(branch, h, u, branch.module(u), keep)
+        x, u = branch.inputs(h)
+        o = branch.out(own_mlp(branch.module, x))
+        return _finish_whole(branch, h, base, u, o, keep)
     assert gate is not None
     if call.single:
         if keep is YES or bool(keep):
-            u = branch.norm(h)
-            return join(h, branch.module(u), u, gate)
+            x, u = branch.inputs(h)
+            return join(base, branch.out(own_mlp(branch.module, x)), u, gate)
         call.computed[branch.key] = torch.zeros(1, dtype=torch.int64)
-        return h if branch.compensation is None else h + branch.compensation(branch.norm(h))
-    flat = h.flatten(0, 1)
+        if branch.compensation is None:
+            return base
+        return base + branch.compensation(branch.inputs(h)[1])
+    flat, flat_base = h.flatten(0, 1), base.flatten(0, 1)
     kept = keep.flatten().nonzero()[:, 0]
     if kept.shape[0] == keep.numel():
-        u = branch.input_at(flat, None)
-        o = run_mlp(branch.module, branch.family, u)
-        out = join(flat, o, u, gate, branch.score_N)
+        x, u = branch.inputs_at(flat, None)
+        o = _run_mlp(branch, x)
+        out = join(flat_base, o, u, gate, branch.score_N)
         return _learnable(branch, out, o, u, kept).view_as(h)
     call.computed[branch.key] = keep.sum(1)
     skip = u_skip = None
     if branch.compensation is not None:
         skip = (~keep & call.everyone()).flatten().nonzero()[:, 0]
-        u_skip = branch.input_at(flat, skip, rounded=True)
-    out = flat if owned else flat.clone()
+        u_skip = branch.inputs_at(flat, skip, rounded=True)[1]
     if kept.shape[0]:
-        u, n = branch.input_at(flat, kept, rounded=True), kept.shape[0]
+        x, u = branch.inputs_at(flat, kept, rounded=True)
+        n = kept.shape[0]
         call.padding[branch.key] = u.shape[0] - n
-        o = run_mlp(branch.module, branch.family, u)[:n]
-        out = join_at(out, flat, o, u[:n], gate, kept, branch.score_N)
-        out = _learnable(branch, out, o, u[:n], kept)
+        o, u = _run_mlp(branch, x)[:n], u[:n]
+        out = flat_base if owned else flat_base.clone()
+        out = join_at(out, flat_base, o, u, gate, kept, branch.score_N)
+        out = _learnable(branch, out, o, u, kept)
+    else:
+        out = flat_base if owned else flat_base.clone()
     if skip is not None:
         out = _compensate(branch, out, skip, u_skip)
     return out.view_as(h)
+
+
+def _run_mlp(branch: Branch, x: Tensor) -> Tensor:
+    """What the MLP adds for rows ``[M, H]`` or ``[B, T, H]``."""
+    return branch.out(run_mlp(branch.module, branch.family, x))

@@ -4,8 +4,8 @@ On a CPU, products of 16-bit floats go through oneDNN, which builds a program pe
 row count never seen before, against 0.5 ms for the product. Kept tokens come in any number, so the
 number of rows is rounded up to one of about a hundred; the rows added are zeros, and are counted.
 That many row counts times a model's products, trained at changing budgets, are more programs than
-oneDNN keeps (1,024): training took 1.6 times as long. It reads the limit once, at its first product;
-a user's own setting stays.
+oneDNN keeps (1,024): training took 1.6 times as long. It reads the limit once, at its first
+product; a user's own setting stays.
 """
 
 from __future__ import annotations

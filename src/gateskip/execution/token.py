@@ -25,7 +25,7 @@ from gateskip.gates import Gate
 from gateskip.retrofit.families import FamilySpec
 from gateskip.skipping.call import Call
 from gateskip.skipping.compensation import compensation_of
-from gateskip.skipping.score import scaled_vector
+from gateskip.skipping.score import Norm, scaled_vector
 
 __all__ = ["NO", "YES", "token_layer"]
 
@@ -51,7 +51,7 @@ class _Plan:
         self._quiet(norm)
         self._quiet(module)
         hidden = int(self._parameter(norm, "weight").shape[0])
-        score_w, score_b = scaled_vector(gate, norm)
+        score_w, score_b = scaled_vector(gate, Norm(norm, eps, "rms"))
         for t in (*gate.parameters(recurse=False), gate.score_scale, gate.score_shift, norm.weight):
             assert isinstance(t, Tensor)
             self.versions.append((t, t._version))
@@ -144,10 +144,11 @@ def _gate_matrices(gate: Gate, hidden: int) -> tuple[int, int, int, int, bool, l
 
 
 def _mlp_plan(layer: nn.Module, family: FamilySpec) -> _Plan | None:
-    mlp, norm = getattr(layer, family.mlp), getattr(layer, family.mlp_norm)
+    mlp = getattr(layer, family.mlp)
+    if not family.fused_mlp or family.mlp_norm is None or not is_silu(mlp):
+        return None
+    norm = getattr(layer, family.mlp_norm)
     try:
-        if not family.fused_mlp or not is_silu(mlp):
-            raise _UnfitError
         plan = _Plan(norm, mlp, mlp.skip_gate, float(getattr(norm, family.norm_eps)))
         (wg, bg), (wu, bu), (wd, bd) = (
             plan.linear(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")
@@ -163,12 +164,15 @@ def _mlp_plan(layer: nn.Module, family: FamilySpec) -> _Plan | None:
 
 
 def _attention_plans(layer: nn.Module, family: FamilySpec) -> tuple[_Plan, _Plan] | None:
-    attention, norm = getattr(layer, family.attention), getattr(layer, family.attention_norm)
+    attention = getattr(layer, family.attention)
+    if not family.fused_attention or family.attention_norm is None:
+        return None
+    if attention.config._attn_implementation != "sdpa":
+        return None
+    norm = getattr(layer, family.attention_norm)
     eps = float(getattr(norm, family.norm_eps))
     gate = attention.skip_gate
     try:
-        if not family.fused_attention or attention.config._attn_implementation != "sdpa":
-            raise _UnfitError
         project = _Plan(norm, attention, gate, eps)
         weights = [project.linear(attention, f"{name}_proj") for name in "qkv"]
         norms, norm_eps = [], 0.0

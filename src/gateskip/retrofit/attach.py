@@ -28,6 +28,7 @@ __all__ = [
     "find_family",
     "gate_of",
     "gated_branches",
+    "head_of",
     "install",
     "is_gated",
     "layers_of",
@@ -73,6 +74,12 @@ def decoder_of(model: nn.Module, family: FamilySpec) -> nn.Module:
 def layers_of(model: nn.Module, family: FamilySpec) -> list[nn.Module]:
     """The decoder layers, first to last."""
     return list(getattr(decoder_of(model, family), family.layers))
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The module that makes logits of hidden states, or None."""
+    found = getattr(model, "get_output_embeddings", lambda: None)()
+    return found if isinstance(found, nn.Module) else None
 
 
 def branch_module(layer: nn.Module, family: FamilySpec, kind: str) -> nn.Module:

@@ -13,24 +13,61 @@ import sys
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-__all__ = ["CacheWriter", "project_kv"]
+from gateskip.retrofit.families import FamilySpec
+from gateskip.retrofit.families.spec import sliceable
+
+__all__ = ["CacheWriter", "flat_tokens", "project_kv"]
 
 
 def project_kv(
-    attention: nn.Module, u_NH: Tensor, cos_ND: Tensor, sin_ND: Tensor, k_norm: str | None
+    attention: Any, x_NH: Tensor, tables: tuple[Tensor, Tensor] | None, family: FamilySpec
 ) -> tuple[Tensor, Tensor]:
-    """K and V ``[N, K, D]`` of tokens with separate k and v projections, rotary applied."""
-    width: int = attention.head_dim  # type: ignore[assignment]
-    k_NE: Tensor = attention.k_proj(u_NH)  # type: ignore[operator]
-    v_NE: Tensor = attention.v_proj(u_NH)  # type: ignore[operator]
+    """K and V ``[N, K, D]`` of tokens whose queries are not wanted, normed and turned.
+
+    Args:
+        x_NH: the attention's input. tables: cos and sin ``[N, D]``, if positions turn heads.
+    """
+    width: int = getattr(attention, family.head_dim)
+    k_NE, v_NE = _projected(attention, x_NH, width, family)
+    norm: Any = None if family.k_norm is None else getattr(attention, family.k_norm, None)
+    # A norm's weight tells: one of a head (or one per head), or one of all heads together.
+    together = norm is not None and norm.weight.dim() == 1 and norm.weight.numel() != width
+    if together:
+        k_NE = norm(k_NE)
     k_NKD, v_NKD = (t.unflatten(-1, (t.shape[-1] // width, width)) for t in (k_NE, v_NE))
-    if k_norm is not None:
-        k_NKD = getattr(attention, k_norm)(k_NKD)
-    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    # No query heads are rotated: the token's query does not exist.
-    _, k_NKD = rotate(k_NKD[:, :0], k_NKD, cos_ND, sin_ND, unsqueeze_dim=1)
+    if norm is not None and not together:
+        k_NKD = norm(k_NKD)
+    turns = family.rotates is None or bool(getattr(attention, family.rotates))
+    if family.rotary is not None and turns:
+        assert tables is not None
+        rotate = getattr(sys.modules[type(attention).__module__], family.rotary)
+        # No query heads are turned: the token's query does not exist.
+        _, k_NKD = rotate(k_NKD[:, :0], k_NKD, *tables, unsqueeze_dim=1)
     return k_NKD, v_NKD
+
+
+def _projected(
+    attention: Any, x_NH: Tensor, width: int, family: FamilySpec
+) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[N, K·D]`` as the projections leave them."""
+    if family.kv == "separate":
+        return attention.k_proj(x_NH), attention.v_proj(x_NH)
+    projection: nn.Module = getattr(attention, family.qkv)
+    if family.kv == "interleaved":
+        qkv = projection(x_NH).unflatten(-1, (-1, 3, width))
+        return qkv[..., 1, :].flatten(-2), qkv[..., 2, :].flatten(-2)
+    config: Any = attention.config
+    begin = config.num_attention_heads * width
+    if not sliceable(projection):  # quantised, or with LoRA: the ledger knows
+        return projection(x_NH)[..., begin:].chunk(2, -1)
+    weight: Any = projection.weight
+    bias: Any = projection.bias
+    bias = None if bias is None else bias[begin:]
+    if isinstance(projection, nn.Linear):
+        return linear(x_NH, weight[begin:], bias).chunk(2, -1)  # type: ignore[return-value]
+    return linear(x_NH, weight[:, begin:].t(), bias).chunk(2, -1)  # type: ignore[return-value]
 
 
 class CacheWriter:

@@ -4,13 +4,14 @@ Shapes: B rows, T tokens, H hidden.
 
 For an RMS-normalised input u = γ ⊙ h / rms(h) the mean-logit score is
 s = (w ⊙ γ)·h / rms(h) + b: one dot product and one norm of the residual, so a skipped token's
-normalised input need not exist. Masked and compacted execution share this function, hence decide
-alike.
+normalised input need not exist. (After a layer norm it has to.) Masked and compacted execution
+share this function, hence decide alike.
 """
 
 from __future__ import annotations
 
-from typing import cast
+import dataclasses
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,55 +19,122 @@ from torch import Tensor, nn
 from gateskip import kernels
 from gateskip.config import BranchKey
 from gateskip.gates import Gate, no_autocast
+from gateskip.retrofit.families import FamilySpec
 
-__all__ = ["branch_score", "normed_at", "random_score", "scaled_vector", "single_score"]
+__all__ = ["Norm", "branch_score", "normed_at", "random_score", "scaled_vector", "single_score"]
+
+RESIDUAL_EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Norm:
+    """What a branch does to the residual that it reads.
+
+    Attributes:
+        module: the family's norm. None in post-norm families: the branch reads the residual as it
+            is, and its gate the residual over its rms, whose scale grows with depth.
+        eps: the norm's epsilon. kind: as in ``FamilySpec``.
+    """
+
+    module: nn.Module | None
+    eps: float
+    kind: str
+
+    @classmethod
+    def of(cls, layer: nn.Module, family: FamilySpec, kind: str) -> Norm:
+        """The norm of a layer's attention or MLP."""
+        name = family.attention_norm if kind == "attention" else family.mlp_norm
+        if name is None:
+            return cls(None, RESIDUAL_EPS, "rms")
+        module = getattr(layer, name)
+        return cls(module, float(getattr(module, family.norm_eps)), family.norm_kind)
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """The gate's input, same shape and dtype as h."""
+        if self.module is not None:
+            out: Tensor = self.module(h)
+            return out
+        return nn.functional.rms_norm(h, h.shape[-1:], eps=self.eps)
+
+    @property
+    def scales(self) -> bool:
+        """Whether it multiplies by a vector over the rms, so that a score is one dot product."""
+        return self.kind != "layer"
+
+    @property
+    def hooked(self) -> bool:
+        """Whether somebody listens to the module, or changes what it returns."""
+        module = self.module
+        return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the kernels compute the same: weight · round(h / rms)."""
+        return self.kind == "rms" and self.module is not None and not self.hooked
+
+    def scaled(self, w_H: Tensor) -> Tensor:
+        """The vector w ⊙ γ, float32."""
+        if self.module is None:
+            return w_H
+        weight = cast(Tensor, self.module.weight).detach().float()
+        return w_H * (weight + 1.0 if self.kind == "rms_offset" else weight)
+
+    def stamp(self) -> tuple[int, int]:
+        """Changes with the norm's weight."""
+        if self.module is None:
+            return 0, 0
+        weight = cast(Tensor, self.module.weight)
+        return weight.data_ptr(), weight._version
 
 
 def branch_score(
-    h_BTH: Tensor, norm: nn.Module, eps: float, gate: Gate, importance: str
+    h_BTH: Tensor, norm: Norm, gate: Gate, importance: str
 ) -> tuple[Tensor, Tensor | None]:
     """(scores [B, T], 1 / rms(h) [B·T] where the kernels found it), float32.
 
     Gradients reach the gate only (its input is detached).
 
     Args:
-        h_BTH: residual stream before the branch's norm.
-        norm: the branch's RMS norm, with ``weight``.
-        eps: the norm's epsilon.
+        h_BTH: residual stream that the branch reads.
+        norm: what the branch does to it.
         gate: the branch's gate.
         importance: ``"mean_logit"`` or ``"mean_gate"``.
     """
-    if importance == "mean_gate":
+    if importance == "mean_gate" or not norm.scales:
         with torch.no_grad():
             u_BTH = norm(h_BTH)
-        return gate(u_BTH.detach()).mean(-1), None
+        if importance == "mean_gate":
+            return gate(u_BTH.detach()).mean(-1), None
+        w_H, b = gate.decision_weights() if torch.is_grad_enabled() else gate.decision_vector()
+        with no_autocast(u_BTH):
+            return torch.matmul(u_BTH.detach().float(), w_H) + b, None
     if torch.is_grad_enabled():
         w_H, b = gate.decision_weights()
-        return _linear_score(h_BTH, eps, w_H * norm.weight.detach().float(), b), None  # type: ignore[operator]
+        return _linear_score(h_BTH, norm.eps, norm.scaled(w_H), b), None
     vector_H, shift = scaled_vector(gate, norm)
     if not kernels.supported(h_BTH):
-        return _linear_score(h_BTH, eps, vector_H, shift), None
+        return _linear_score(h_BTH, norm.eps, vector_H, shift), None
     from gateskip.kernels.rows import score_rows
 
-    score_N, inverse_N = score_rows(h_BTH.view(-1, h_BTH.shape[-1]), vector_H, shift, eps)
-    return score_N.view(h_BTH.shape[:-1]), inverse_N
+    flat = h_BTH.view(-1, h_BTH.shape[-1])
+    score_N, inverse_N = score_rows(flat, vector_H, shift, norm.eps)
+    return score_N.view(h_BTH.shape[:-1]), inverse_N if norm.fused else None
 
 
-def scaled_vector(gate: Gate, norm: nn.Module) -> tuple[Tensor, float]:
+def scaled_vector(gate: Gate, norm: Norm) -> tuple[Tensor, float]:
     """(decision vector times the norm's weight [H] float32, decision bias), cached."""
     w_H, b = gate.decision_vector()
-    weight = cast(Tensor, norm.weight)
-    stamp = (w_H.data_ptr(), weight.data_ptr(), weight._version)
+    stamp = (w_H.data_ptr(), *norm.stamp())
     cached = vars(gate).get("_scaled")
     if gate.training or cached is None or cached[0] != stamp:
         # The decision vector is kept alive here, so its address cannot be given to another.
-        cached = (stamp, (w_H * weight.detach().float()).contiguous(), w_H)
+        cached = (stamp, norm.scaled(w_H).contiguous(), w_H)
         vars(gate)["_scaled"] = cached
     return cached[1], b
 
 
 def normed_at(
-    h_NH: Tensor, norm: nn.Module, inverse_N: Tensor | None, index_M: Tensor | None, rows: int
+    h_NH: Tensor, norm: Norm, inverse_N: Tensor | None, index_M: Tensor | None, rows: int
 ) -> Tensor:
     """The branch's input u = norm(h) at rows ``index_M`` (None: all), ``[rows, H]``.
 
@@ -74,15 +142,13 @@ def normed_at(
         inverse_N: 1 / rms(h) from :func:`branch_score`, saves reading the rows twice.
         rows: at least M; rows from M on are zero.
     """
-    weight = cast(Tensor, norm.weight)
-    hooked = norm._forward_hooks or norm._forward_pre_hooks
-    fused = inverse_N is not None and not hooked and kernels.supported(h_NH)
-    if fused and kernels.supported(weight.detach()) and weight.dtype == h_NH.dtype:
-        from gateskip.kernels.rows import norm_rows
+    if inverse_N is not None and norm.fused and kernels.supported(h_NH):
+        weight = cast(Any, norm.module).weight
+        if kernels.supported(weight.detach()) and weight.dtype == h_NH.dtype:
+            from gateskip.kernels.rows import norm_rows
 
-        assert inverse_N is not None
-        return norm_rows(h_NH, inverse_N, weight, index_M, rows)
-    u_MH: Tensor = norm(h_NH if index_M is None else h_NH.index_select(0, index_M))
+            return norm_rows(h_NH, inverse_N, weight, index_M, rows)
+    u_MH = norm(h_NH if index_M is None else h_NH.index_select(0, index_M))
     more = rows - u_MH.shape[0]
     return nn.functional.pad(u_MH, (0, 0, 0, more)) if more else u_MH
 

@@ -30,6 +30,8 @@ class GateSkipState:
     def __init__(self, config: GateConfig, family: Any, shape: ModelShape) -> None:
         self.config = config
         self.family = family
+        #: For each layer the one whose K/V ``kv_source="previous"`` copies, or None.
+        self.sources: tuple[int | None, ...] = ()
         self.shape = shape
         self.policy: ThresholdTable | None = None
         self.default_budget: Budget | None = None

@@ -25,7 +25,7 @@ from gateskip.data import count_tokens, encode
 from gateskip.errors import ConfigError, TrainingError, UnsupportedError
 from gateskip.execution.api import dense
 from gateskip.execution.checkpoint import restore, save
-from gateskip.retrofit.attach import is_gated
+from gateskip.retrofit.attach import head_of, is_gated
 from gateskip.retrofit.lora import without_lora
 from gateskip.skipping.state import GateSkipState, override, state_of
 from gateskip.training import backbone
@@ -37,7 +37,7 @@ from gateskip.training.checkpoints import (
 )
 from gateskip.training.config import GateSkipTrainingConfig
 from gateskip.training.dataset import Collator, SeededLengths, TokenDataset
-from gateskip.training.head_loss import head_loss
+from gateskip.training.head_loss import LogitHead, head_loss
 from gateskip.training.objective import GateObjective, SkipMeter, labelled
 from gateskip.training.recalibration import recalibrate
 from gateskip.training.schedule import budget_at
@@ -254,7 +254,7 @@ class GateSkipMixin:
         gated = state_of(self.model)
         labels_BT = inputs["labels"]
         given = {k: v for k, v in inputs.items() if k != "labels"}
-        decoder, head = self.model.get_submodule(gated.family.decoder), self.model.lm_head
+        decoder, head = self.model.get_submodule(gated.family.decoder), self._head(self.model)
         chosen_BT = labelled(labels_BT)
         target_N = labels_BT[:, 1:][chosen_BT]
         with self.accelerator.autocast():  # the Trainer wraps model.forward, not the decoder's
@@ -262,13 +262,18 @@ class GateSkipMixin:
             teacher_NH = self._taught(given)[:, :-1][chosen_BT] if self._teaches else None
             total, entropy, divergence = head_loss(
                 head, hidden_NH, target_N, teacher_NH, self.gateskip_args.distill,
-                head if self._teacher is None else self._teacher.get_submodule("lm_head"),
+                head if self._teacher is None else self._head(self._teacher),
             )  # fmt: skip
         n = target_N.shape[0] if items is None else items
         self._note("cross_entropy", entropy / n)
         if self._teaches:
             self._note("distillation", divergence / n)
         return total / n
+
+    def _head(self, model: Any) -> LogitHead:
+        head = head_of(model)
+        assert head is not None
+        return LogitHead(head, state_of(self.model).family, model.config)
 
     @torch.no_grad()
     def _taught(self, given: dict[str, Any]) -> Tensor:

@@ -1,0 +1,132 @@
+"""One branch of one layer during one call: its modules, its input, its decision, its output.
+
+Shapes: B rows, T new tokens, N flat tokens, M selected ones, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gateskip.execution.rounding import rounded_rows
+from gateskip.execution.token import NO, YES
+from gateskip.gates import Gate
+from gateskip.retrofit.families import FamilySpec
+from gateskip.skipping.call import Call
+from gateskip.skipping.compensation import compensation_of
+from gateskip.skipping.score import (
+    Norm,
+    branch_score,
+    normed_at,
+    random_score,
+    scaled_vector,
+    single_score,
+)
+
+__all__ = ["Branch"]
+
+
+class Branch:
+    """What :mod:`~gateskip.execution.layer` asks of an attention or an MLP."""
+
+    __slots__ = (
+        "call", "compensation", "family", "gate", "inverse", "key", "layer", "module", "norm",
+        "score_N",
+    )  # fmt: skip
+
+    def __init__(self, layer: nn.Module, call: Call, kind: str, index: int) -> None:
+        family: FamilySpec = call.state.family
+        self.call, self.family, self.key, self.layer = call, family, (index, kind), layer
+        self.module: nn.Module = getattr(
+            layer, family.attention if kind == "attention" else family.mlp
+        )
+        self.norm = Norm.of(layer, family, kind)
+        gate = self.module._modules.get("skip_gate")
+        self.gate = gate if isinstance(gate, Gate) else None
+        self.compensation = compensation_of(self.module)
+        self.inverse: Tensor | None = None  # 1 / rms(h), where scoring found it
+        self.score_N: Tensor | None = None  # mean logits of all tokens, likewise
+
+    # -- input and output -------------------------------------------------------------------
+
+    def inputs(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """(the module's input, the gate's) of a residual; one tensor in pre-norm families."""
+        if self.norm.module is None:
+            return h, self.norm(h)
+        u = self.norm(h)
+        return u, u
+
+    def inputs_at(
+        self, h_NH: Tensor, index_M: Tensor | None, *, rounded: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`inputs` of the tokens at flat indices (None: all), ``[M, H]`` each.
+
+        More, zero rows if rounded.
+        """
+        rows = h_NH.shape[0] if index_M is None else index_M.shape[0]
+        if rounded:
+            rows = rounded_rows(rows, h_NH.dtype, h_NH.device)
+        if self.norm.module is not None:
+            u_MH = normed_at(h_NH, self.norm, self.inverse, index_M, rows)
+            return u_MH, u_MH
+        x_MH = h_NH if index_M is None else h_NH.index_select(0, index_M)
+        more = rows - x_MH.shape[0]
+        x_MH = nn.functional.pad(x_MH, (0, 0, 0, more)) if more else x_MH
+        return x_MH, self.norm(x_MH)
+
+    def out(self, o: Tensor) -> Tensor:
+        """What a branch's output adds to the residual: post-norm, dropout and multiplier on it."""
+        attention = self.key[1] == "attention"
+        for name in self.family.attention_out if attention else self.family.mlp_out:
+            o = getattr(self.layer, name)(o)
+        if self.family.multiplier is not None:
+            o = o * getattr(self.layer, self.family.multiplier)
+        return o
+
+    # -- decision ---------------------------------------------------------------------------
+
+    def decide(self, h_BTH: Tensor) -> Tensor | None:
+        """The keep mask, or None where nobody can be skipped."""
+        call = self.call
+        if call.objective is not None and self.gate is not None:
+            u_BTH = self.inputs(h_BTH.detach())[1].detach()
+            call.objective.branch(self.key, self.gate, u_BTH, call)
+        if self.gate is None or not call.decides or self.fixed:
+            return None
+        if self.key in call.keep:
+            return call.keep[self.key]
+        importance = call.state.config.importance
+        plain = call.forced is None and call.scores is None and importance == "mean_logit"
+        if call.single and plain and self.norm.scales:
+            return self._decide_single(h_BTH)
+        # A hard decision has no gradient; without a graph, recomputation can replay it as it is.
+        if importance == "random":
+            return call.decide(self.key, random_score(call.visible_keys(), self.key, call.seed))
+        with torch.no_grad():
+            score_BT, self.inverse = branch_score(h_BTH, self.norm, self.gate, importance)
+        if self.inverse is not None and not self.norm.hooked:
+            self.score_N = score_BT.flatten()
+        return call.decide(self.key, score_BT)
+
+    @property
+    def source(self) -> int | None:
+        """The layer whose K/V ``previous`` copies: the last one before with the same attention."""
+        return self.call.state.sources[self.key[0]]
+
+    @property
+    def fixed(self) -> bool:
+        """An attention without earlier K/V to copy, so ``previous`` never skips it."""
+        if self.key[1] != "attention" or self.call.state.config.kv_source != "previous":
+            return False
+        return self.source is None
+
+    def _decide_single(self, h_11H: Tensor) -> Tensor:
+        call, gate = self.call, self.gate
+        assert gate is not None
+        assert call.thresholds is not None
+        w_H, b = scaled_vector(gate, self.norm)
+        score = single_score(h_11H.detach().view(-1), w_H, b, self.norm.eps)
+        kept = score >= call.thresholds[self.key] or call.protected_BT is not None
+        keep_BT = YES if kept else NO
+        call.keep[self.key] = keep_BT
+        return keep_BT
