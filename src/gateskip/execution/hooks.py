@@ -83,7 +83,7 @@ def generate(model: nn.Module, *args: Any, gateskip_budget: Any = None, **kwargs
     state = state_of(model)
     budget = Budget.of(gateskip_budget) or effective_budget(state) or Budget(keep=1.0)
     state.resolve(budget)  # a bad budget must fail before any work
-    with override(state, budget=budget):
+    with override(state, budget=budget, generating=True):
         return type(model).generate(model, *args, **kwargs)  # type: ignore[attr-defined]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gateskip.config import BranchKey
 from gateskip.errors import UnsupportedError
@@ -71,7 +71,7 @@ class Call:
         self.padding: dict[BranchKey, int] = {}
         self.kv: dict[int, tuple[Tensor, Tensor]] = {}
         self.masks: dict[Any, Any] = {}
-        self.mask_2d = _two_dimensional(attention_mask)
+        self.mask_2d = _two_dimensional(attention_mask, batch, past + new, over.generating)
         self.valid_BT, self.protected_BT = self._tokens(position_ids)
         one = batch == 1 and new == 1 and self.valid_BT is None
         # Elsewhere than on a CPU a Python decision would wait for the device at every branch.
@@ -144,9 +144,20 @@ class Call:
         return None, protected_BT if bool(protected_BT.any()) else None
 
 
-def _two_dimensional(mask: Any) -> Tensor | None:
+def _two_dimensional(mask: Any, batch: int, end: int, generating: bool) -> Tensor | None:
+    """The mask of real tokens ``[B, S]``.
+
+    ``generate`` makes masks of attention before the decoder is called where a cache has a fixed
+    size. Those are causality, windows and padding: a real token is seen by itself at least, and
+    what has left the window counts as real.
+    """
+    if generating and isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
     if mask is None:
         return None
+    if generating and isinstance(mask, Tensor) and mask.dim() == 4:
+        seen = (mask if mask.dtype == torch.bool else mask >= 0)[:, 0].any(-2).expand(batch, -1)
+        return nn.functional.pad(seen, (max(end - seen.shape[1], 0), 0), value=True)
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise UnsupportedError(

@@ -99,6 +99,7 @@ class Override:
         scores: receives every branch's scores (calibration).
         forced: decisions to replay, one mapping per coming call.
         objective: receives every gate and its input (training), as ``branch(key, gate, u, call)``.
+        generating: within ``generate``, whose ready-made masks are causality and padding.
     """
 
     budget: Budget | None = None
@@ -109,6 +110,7 @@ class Override:
     scores: Any = None
     forced: Iterator[Mapping[BranchKey, Tensor]] | None = None
     objective: Any = None
+    generating: bool = False
 
 
 _OVERRIDES: contextvars.ContextVar[Mapping[GateSkipState, Override]] = contextvars.ContextVar(
