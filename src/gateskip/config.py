@@ -130,14 +130,46 @@ class Budget:
         return {"keep": self.keep} if self.keep is not None else {"compute": self.compute or 1.0}
 
     @classmethod
-    def of(cls, value: Budget | dict[str, float] | None) -> Budget | None:
-        """Accept a Budget, ``{"keep": k}``, ``{"compute": c}`` or None."""
-        if value is None or isinstance(value, Budget):
+    def of(cls, value: Any) -> Budget | RowBudgets | None:
+        """Accept a budget, ``{"keep": k}``, ``{"compute": c}`` or None.
+
+        A list, a tuple or a 1-D tensor in the place of the number is one budget for each row.
+        """
+        if value is None or isinstance(value, Budget | RowBudgets):
             return value
         if not isinstance(value, dict) or set(value) - {"keep", "compute"}:
             raise BudgetError(f"budget={value!r} must look like {{'keep': 0.75}} or a Budget.")
+        given = {name: numbers for name, numbers in value.items() if numbers is not None}
+        if len(given) == 1:
+            ((name, numbers),) = given.items()
+            if hasattr(numbers, "tolist"):  # a tensor or an array
+                numbers = numbers.tolist()
+            if isinstance(numbers, list | tuple):
+                return RowBudgets(tuple(cls(**{name: number}) for number in numbers))
         return cls(**value)
 
     def __str__(self) -> str:
         name = "keep" if self.keep is not None else "compute"
         return f"{name}={getattr(self, name):g}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowBudgets:
+    """A budget for every row of a batch, in order; all of one unit.
+
+    ``generate`` keeps them with their rows when it expands them for beams and return sequences.
+    """
+
+    rows: tuple[Budget, ...]
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise BudgetError("budget has no rows; give one number for every row of the batch.")
+
+    @property
+    def full(self) -> bool:
+        """True when nothing may be skipped in any row."""
+        return all(row.full for row in self.rows)
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.rows))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from gateskip.config import Budget, GateConfig
 from gateskip.errors import UnsupportedError
@@ -97,15 +97,22 @@ def set_budget(
 
 @contextlib.contextmanager
 def budget(
-    model: nn.Module, *, keep: float | None = None, compute: float | None = None
+    model: nn.Module,
+    *,
+    keep: float | Sequence[float] | Tensor | None = None,
+    compute: float | Sequence[float] | Tensor | None = None,
 ) -> Iterator[None]:
     """Use a budget within the block, for this thread and context only.
 
+    Args:
+        keep, compute: as in :func:`set_budget`, or one number for every row of the batch (a list,
+            or a tensor ``[B]``).
+
     Raises:
-        BudgetError: as :func:`set_budget`.
+        BudgetError: as :func:`set_budget`; in a call whose batch has another number of rows.
     """
     state = state_of(model)
-    chosen = Budget(keep=keep, compute=compute)
+    chosen = Budget.of({"keep": keep, "compute": compute})
     state.resolve(chosen)
     with override(state, budget=chosen):
         yield

@@ -250,8 +250,9 @@ def fill(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], w
     state.fitted = bool(config.get("fitted"))
     if config.get("policy") is not None:
         state.policy = ThresholdTable.from_json(config["policy"])
-    budget = Budget.of(config.get("budget"))
-    if budget is not None:
+    saved = config.get("budget")
+    if saved is not None:
+        budget = Budget(**saved)
         state.resolve(budget)
         state.default_budget = budget
 

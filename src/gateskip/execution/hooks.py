@@ -77,8 +77,9 @@ def generate(model: nn.Module, *args: Any, gateskip_budget: Any = None, **kwargs
     """Hugging Face ``generate``; the budget is captured when it starts.
 
     Args:
-        gateskip_budget: a Budget or ``{"keep": k}`` / ``{"compute": c}`` for this call; None takes
-            this thread's budget or the model's default.
+        gateskip_budget: a Budget or ``{"keep": k}`` / ``{"compute": c}`` for this call, k or c one
+            number or one for every row of the batch; None takes this thread's budget or the
+            model's default.
     """
     state = state_of(model)
     budget = Budget.of(gateskip_budget) or effective_budget(state) or Budget(keep=1.0)

@@ -8,15 +8,14 @@ that recomputation under gradient checkpointing replays them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gateskip.config import BranchKey
-from gateskip.errors import UnsupportedError
-from gateskip.skipping.state import GateSkipState, Override, effective_budget
+from gateskip.config import BranchKey, RowBudgets
+from gateskip.errors import BudgetError, UnsupportedError
+from gateskip.skipping.state import GateSkipState, Override, Thresholds, effective_budget
 
 __all__ = ["Call"]
 
@@ -28,7 +27,7 @@ class Call:
         alike: every gate's value is one dot product in this call (for the ledger).
         valid_BT: True for real tokens, bool; None when all are.
         protected_BT: True for tokens that no branch may skip, bool; None when there is none.
-        thresholds: τ per gated branch; None keeps everything.
+        thresholds: τ per gated branch, a number or float32 ``[B]``; None keeps everything.
         keep: decisions, ``(layer, kind)`` to bool ``[B, T]``.
         computed: rows that really entered a branch's projections, per batch row, ``[B]``.
         padding: rows added to a branch to round its row count up, keys and values apart.
@@ -53,11 +52,14 @@ class Call:
         self.state = state
         self.batch, self.new, self.past = batch, new, past
         self.device, self.alike = device, alike
-        self.thresholds: Mapping[BranchKey, float] | None = (
-            over.thresholds
-            if over.thresholds is not None
-            else state.resolve(effective_budget(state))
-        )
+        thresholds = over.thresholds
+        if thresholds is None:
+            budget = effective_budget(state)
+            thresholds = state.resolve(budget)
+            if thresholds is not None and isinstance(budget, RowBudgets):
+                rows = len(budget.rows)
+                thresholds = _by_row(thresholds, rows, batch, device, over.generating)
+        self.thresholds = thresholds
         self.observer = over.observer
         self.recorder = over.recorder
         self.scores = over.scores
@@ -103,7 +105,10 @@ class Call:
             keep_BT = self.forced[key].to(self.device)
         else:
             assert self.thresholds is not None
-            keep_BT = score_BT >= self.thresholds[key]
+            threshold = self.thresholds[key]
+            if isinstance(threshold, Tensor):
+                threshold = threshold[:, None]
+            keep_BT = score_BT >= threshold
             if self.protected_BT is not None:
                 keep_BT = keep_BT | self.protected_BT
             if self.valid_BT is not None:
@@ -142,6 +147,19 @@ class Call:
             reset = position_ids[:, 1:] != position_ids[:, :-1] + 1
             protected_BT[:, 1:] |= reset.to(self.device)
         return None, protected_BT if bool(protected_BT.any()) else None
+
+
+def _by_row(
+    thresholds: Thresholds, rows: int, batch: int, device: torch.device, generating: bool
+) -> Thresholds:
+    """Budgets by row, for the rows that a call has: ``generate`` expands each for its beams."""
+    if batch % rows or (batch != rows and not generating):
+        raise BudgetError(
+            f"budget has {rows} rows, the batch {batch}; give one number for every row."
+        )
+    if batch == 1:
+        return {key: float(t) for key, t in thresholds.items()}
+    return {key: t.repeat_interleave(batch // rows).to(device) for key, t in thresholds.items()}
 
 
 def _two_dimensional(mask: Any, batch: int, end: int, generating: bool) -> Tensor | None:

@@ -9,12 +9,14 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from gateskip.config import BranchKey, Budget, GateConfig, one_of
+from gateskip.config import BranchKey, Budget, GateConfig, RowBudgets, one_of
 from gateskip.costs import BranchCost, ModelShape, branch_cost
 from gateskip.errors import AttachError, BudgetError
 from gateskip.skipping.policy import ThresholdTable
@@ -22,6 +24,8 @@ from gateskip.skipping.policy import ThresholdTable
 __all__ = ["GateSkipState", "Override", "current", "override", "state_of"]
 
 EXECUTIONS = ("compacted", "masked")
+Thresholds = Mapping[BranchKey, Any]
+"""One number per branch, or one per branch and row of the batch, float32 ``[R]``."""
 
 
 class GateSkipState:
@@ -46,14 +50,19 @@ class GateSkipState:
             (layer, kind) for layer in range(shape.layers) for kind in config.branches
         )
 
-    def resolve(self, budget: Budget | None) -> dict[BranchKey, float] | None:
-        """Thresholds at ``budget``; None keeps everything. Raises BudgetError."""
+    def resolve(self, budget: Budget | RowBudgets | None) -> Thresholds | None:
+        """Thresholds at ``budget``; None keeps everything. Raises BudgetError.
+
+        Each is a number, or with budgets by row float32 ``[R]``.
+        """
         if budget is None or budget.full:
             return None
         if self.policy is None:
             raise BudgetError(
                 f"budget {budget} needs thresholds: call gateskip.calibrate(model, data) first."
             )
+        if isinstance(budget, RowBudgets):
+            return _row_thresholds(self.policy, budget, self.branches)
         return _thresholds(self.policy, budget, self.branches)
 
     def costs(self, *, alike: bool = False) -> dict[BranchKey, BranchCost]:
@@ -66,6 +75,18 @@ class GateSkipState:
             for layer in range(self.shape.layers)
             for kind in ("attention", "mlp")
         }
+
+
+@functools.lru_cache(maxsize=64)
+def _row_thresholds(
+    policy: ThresholdTable, budgets: RowBudgets, branches: tuple[BranchKey, ...]
+) -> Thresholds:
+    keeps_all = dict.fromkeys(branches, -math.inf)
+    rows = [
+        keeps_all if row.full else _thresholds(policy, row, branches) or keeps_all
+        for row in budgets.rows
+    ]
+    return {key: torch.tensor([row[key] for row in rows]) for key in branches}
 
 
 @functools.lru_cache(maxsize=64)
@@ -102,8 +123,8 @@ class Override:
         generating: within ``generate``, whose ready-made masks are causality and padding.
     """
 
-    budget: Budget | None = None
-    thresholds: Mapping[BranchKey, float] | None = None
+    budget: Budget | RowBudgets | None = None
+    thresholds: Thresholds | None = None
     execution: str | None = None
     recorder: Any = None
     observer: Any = None
@@ -142,7 +163,7 @@ def check_execution(mode: str) -> None:
     one_of("execution", mode, EXECUTIONS)
 
 
-def effective_budget(state: GateSkipState) -> Budget | None:
+def effective_budget(state: GateSkipState) -> Budget | RowBudgets | None:
     """This thread's budget, else the model's default."""
     return current(state).budget or state.default_budget
 

@@ -79,6 +79,8 @@ class GateObjective:
         """
         if not self.temperature:
             return None
+        if not isinstance(threshold, float):
+            raise UnsupportedError("decision_gradient takes one budget for all rows.")
         p_M = self._soft(gate, u_MH.detach(), threshold)
         with torch.no_grad():
             gain_MH = gate(u_MH) * o_MH.float()
