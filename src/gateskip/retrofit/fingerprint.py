@@ -22,22 +22,44 @@ SIZES = (
 
 
 def _base_parameters(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    named = ((n, p.detach()) for n, p in model.named_parameters())
-    return sorted((n, p) for n, p in named if ".skip_" not in n)
+    named = ((n, p) for n, p in model.named_parameters() if ".skip_" not in n)
+    return sorted(named, key=lambda item: item[0])
+
+
+def _quantised(parameter: torch.Tensor) -> bool:
+    """Whether its numbers are not the base model's: packed integers, or a subclass that hides them.
+
+    A bfloat16 or float32 weight is a plain Parameter.
+    """
+    return type(parameter) is not nn.Parameter or not parameter.is_floating_point()
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights as they were before anything packed them."""
+    found = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name, module in model.named_modules():
+        weight = f"{name}.weight"
+        if weight in found and isinstance(module, nn.Linear):
+            found[weight] = (module.out_features, module.in_features)
+    return found
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """JSON-ready: architecture sizes, a hash of parameter names and shapes, sampled weights."""
+    """JSON-ready: architecture sizes, a hash of parameter names and shapes, sampled weights.
+
+    Of a quantised model, weights that were left as they were are sampled; the rest is the same.
+    """
     config: Any = model.config
-    parameters = sorted(_base_parameters(model), key=lambda item: item[0])
+    parameters, shapes = _base_parameters(model), _shapes(model)
     layout = hashlib.sha256()
-    for name, tensor in parameters:
-        layout.update(f"{name}:{tuple(tensor.shape)};".encode())
+    for name, _ in parameters:
+        layout.update(f"{name}:{shapes[name]};".encode())
     samples: dict[str, list[float]] = {}
     step = max(1, len(parameters) // SAMPLED_TENSORS)
     for name, tensor in parameters[::step]:
-        if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0:
+        if tensor.is_meta or _quantised(tensor) or tensor.numel() == 0:
             continue
+        tensor = tensor.detach()
         at = torch.arange(SAMPLES) * (tensor.numel() - 1) // (SAMPLES - 1)
         samples[name] = tensor.reshape(-1)[at.to(tensor.device)].float().cpu().tolist()
     return {
@@ -62,7 +84,10 @@ def check_fingerprint(expected: dict[str, Any], model: nn.Module, path: str) -> 
             f"{path} was made for a base with other parameter names or shapes; pass base= with "
             "the right model."
         )
+    quantised = {name for name, p in _base_parameters(model) if _quantised(p)}
     for name, values in expected["samples"].items():
+        if name in quantised:
+            continue
         here = torch.tensor(found["samples"].get(name, [float("nan")] * len(values)))
         there = torch.tensor(values)
         scale = there.abs().max().clamp(min=1e-6)
