@@ -10,6 +10,7 @@ from torch import nn
 
 from gateskip.config import Budget
 from gateskip.errors import UnsupportedError
+from gateskip.execution.head import head_forward
 from gateskip.execution.inputs import CACHE_NAMES
 from gateskip.execution.layer import layer_forward
 from gateskip.gates import Gate
@@ -70,6 +71,7 @@ def decoder_hook(
         and not torch.is_grad_enabled()
         and _channels_alike(decoder),
     )
+    call.layers = list(getattr(decoder, state.family.layers))
     return (), kwargs | {"gateskip_call": call}
 
 
@@ -88,4 +90,7 @@ def generate(model: nn.Module, *args: Any, gateskip_budget: Any = None, **kwargs
         return type(model).generate(model, *args, **kwargs)  # type: ignore[attr-defined]
 
 
-WIRING = Wiring(layer_forward=layer_forward, decoder_hook=decoder_hook, generate=generate)
+WIRING = Wiring(
+    layer_forward=layer_forward, decoder_hook=decoder_hook, generate=generate,
+    head_forward=head_forward,
+)  # fmt: skip

@@ -27,7 +27,7 @@ from gateskip.skipping.call import Call
 from gateskip.skipping.compensation import compensation_of
 from gateskip.skipping.score import Norm, scaled_vector
 
-__all__ = ["NO", "YES", "token_layer"]
+__all__ = ["NO", "YES", "additive", "layer_plans", "record", "takes_tokens", "token_layer"]
 
 YES = torch.ones(1, 1, dtype=torch.bool)
 NO = torch.zeros(1, 1, dtype=torch.bool)
@@ -193,7 +193,7 @@ def _attention_plans(layer: nn.Module, family: FamilySpec) -> tuple[_Plan, _Plan
         return None
     heads, kv = (getattr(attention, f"{n}_proj").weight.shape[0] // width for n in "qk")
     flat = [address for pair in weights for address in pair]
-    project.arguments([*flat, heads, kv, width, 0, 0, *norms, _real(norm_eps), 0, 0, 0])
+    project.arguments([*flat, heads, kv, width, 0, 0, *norms, _real(norm_eps), 0, 0, 0, width])
     attend.arguments([
         int(attend.alike), 0, 0, 0, 0, heads, heads // kv, width, 0, 0, 0, 0,
         _real(attention.scaling), 0, 0, 0, wo, bo,
@@ -202,7 +202,8 @@ def _attention_plans(layer: nn.Module, family: FamilySpec) -> tuple[_Plan, _Plan
     return project, attend
 
 
-def _plans(layer: nn.Module, family: FamilySpec) -> tuple[_Plan, _Plan, _Plan] | None:
+def layer_plans(layer: nn.Module, family: FamilySpec) -> tuple[_Plan, _Plan, _Plan] | None:
+    """Addresses for projections, attention and MLP; the same object while all of them hold."""
     known = vars(layer).get("_gateskip_plans")
     if known is not None and all(plan.holds() for plan in known):
         return known
@@ -210,8 +211,22 @@ def _plans(layer: nn.Module, family: FamilySpec) -> tuple[_Plan, _Plan, _Plan] |
     both, mlp = _attention_plans(layer, family), _mlp_plan(layer, family)
     if both is None or mlp is None:
         return None
-    vars(layer)["_gateskip_plans"] = (*both, mlp)
-    return *both, mlp
+    found = vars(layer)["_gateskip_plans"] = (*both, mlp)
+    return found
+
+
+def takes_tokens(call: Call, layer: nn.Module, h_11H: Tensor) -> bool:
+    """Whether the call decides and computes as the kernels do."""
+    config = call.state.config
+    return (
+        call.forced is None
+        and call.scores is None
+        and config.kv_source == "project"
+        and config.importance == "mean_logit"
+        and tuple(config.branches) == ("attention", "mlp")
+        and not layer.training
+        and kernels.supported(h_11H)
+    )
 
 
 def token_layer(
@@ -221,19 +236,9 @@ def token_layer(
 
     Decisions are those of the reference; keys and values reach the cache as always.
     """
-    config, family = call.state.config, call.state.family
-    if (
-        call.forced is not None
-        or call.scores is not None
-        or call.keep.get((index, "attention")) is not None
-        or config.kv_source != "project"
-        or config.importance != "mean_logit"
-        or tuple(config.branches) != ("attention", "mlp")
-        or layer.training
-        or not kernels.supported(h_11H)
-    ):
+    if not takes_tokens(call, layer, h_11H) or (index, "attention") in call.keep:
         return None
-    plans = _plans(layer, family)
+    plans = layer_plans(layer, call.state.family)
     if plans is None or plans[0].dtype != h_11H.dtype:
         return None
     project, attend, mlp = plans
@@ -280,13 +285,13 @@ def _attention(
     cache = next((kwargs[n] for n in CACHE_NAMES if kwargs.get(n) is not None), None)
     if cache is not None:
         k, v = cache.update(k, v, index)
-    _record(call, key, kept)
+    record(call, key, kept)
     if not kept:
         return out
     keys = k.shape[2]
     mask = kwargs.get("attention_mask")
     if mask is not None:
-        mask = _additive(mask[0, 0, -1])
+        mask = additive(mask[0, 0, -1])
     if k.stride(3) != 1 or v.stride(3) != 1:
         k, v = k.contiguous(), v.contiguous()
     more = torch.empty(heads * (keys + width))
@@ -301,7 +306,7 @@ def _attention(
     return out
 
 
-def _additive(mask_S: Tensor) -> Tensor:
+def additive(mask_S: Tensor) -> Tensor:
     """A mask row as float32 addends."""
     if mask_S.dtype == torch.bool:
         blank = torch.zeros(mask_S.shape[0])
@@ -315,15 +320,16 @@ def _mlp(call: Call, index: int, h: Tensor, plan: _Plan) -> Tensor:
     key = (index, "mlp")
     inner = plan.inner
     arguments, out, flag, _scratch = _start(plan, call, key, h)
-    act = torch.empty(inner)
+    act = torch.empty(2 * inner)
     arguments[26] = act.data_ptr()
     MLP(h.dtype, arguments, work=inner)
     kept = bool(flag[0])
-    _record(call, key, kept)
+    record(call, key, kept)
     return out
 
 
-def _record(call: Call, key: BranchKey, kept: bool) -> None:
+def record(call: Call, key: BranchKey, kept: bool) -> None:
+    """Note a decision as the reference does."""
     if call.thresholds is not None:
         call.keep[key] = YES if kept else NO
     if not kept:

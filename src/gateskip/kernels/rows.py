@@ -28,8 +28,9 @@ from gateskip.kernels.numeric import (
     team,
 )
 from gateskip.kernels.pool import Kernel, integers
+from gateskip.kernels.products import matvec as matvec_rows
 
-__all__ = ["add_rows_", "join_rows", "norm_rows", "real", "score_rows", "swiglu_"]
+__all__ = ["add_rows_", "join_rows", "matvec", "norm_rows", "real", "score_rows", "swiglu_"]
 
 _jit: Any = njit(fastmath=FAST, error_model="numpy", cache=True)
 _kernel: Any = cfunc(ARGUMENTS, cache=True)
@@ -174,6 +175,32 @@ def _swiglu_f32(d):
     _swiglu(d, f32_at(0))
 
 
+@_jit
+def _product(d, kind):
+    # 3 W [R, N], 4 x [N], 5 y [R], 6 R, 7 N, 8 x and 9 y in float32
+    thread, threads = team(d)
+    x, y, rows, n = like(d[4], kind), like(d[5], kind), d[6], d[7]
+    begin, end = rows * thread // threads, rows * (thread + 1) // threads
+    # Every thread converts all of x: what it writes is what the others write.
+    wide, out = f32_at(d[8] + thread * n * 4), f32_at(d[9])
+    for i in range(n):
+        wide[i] = load(x, i)
+    matvec_rows(like(d[3], kind), begin, end - begin, wide, n, out, begin)
+    for i in range(begin, end):
+        store(y, i, out[i])
+
+
+@_kernel
+def _product_bf16(d):
+    _product(d, bf16_at(0))
+
+
+@_kernel
+def _product_f32(d):
+    _product(d, f32_at(0))
+
+
+PRODUCT = Kernel(_product_bf16, _product_f32)
 SWIGLU = Kernel(_swiglu_bf16, _swiglu_f32)
 SCORE = Kernel(_score_bf16, _score_f32)
 NORM = Kernel(_norm_bf16, _norm_f32)
@@ -260,6 +287,20 @@ def add_rows_(out_NH: Tensor, c_MH: Tensor | None, bias_H: Tensor, index_M: Tens
         index_M.data_ptr(), index_M.shape[0], out_NH.shape[1],
     )  # fmt: skip
     ADD(out_NH.dtype, arguments, work=_work(index_M.shape[0]))
+
+
+def matvec(weight_RN: Tensor, x_N: Tensor) -> Tensor:
+    """W·x in x's dtype ``[R]``, summed in float32."""
+    rows, n = weight_RN.shape
+    y_R = x_N.new_empty(rows)
+    threads = max(torch.get_num_threads(), 1)
+    wide, out = torch.empty(threads * n + rows).split((threads * n, rows))
+    arguments = integers(
+        weight_RN.data_ptr(), x_N.data_ptr(), y_R.data_ptr(), rows, n, wide.data_ptr(),
+        out.data_ptr(),
+    )  # fmt: skip
+    PRODUCT(x_N.dtype, arguments, work=_work(rows))
+    return y_R
 
 
 def swiglu_(gate_MI: Tensor, up_MI: Tensor) -> Tensor:

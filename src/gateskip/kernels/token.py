@@ -32,8 +32,10 @@ from gateskip.kernels.numeric import (
     team,
 )
 from gateskip.kernels.pool import Kernel
+from gateskip.kernels.products import dot as _dot
+from gateskip.kernels.products import matvec as _matvec
 
-__all__ = ["ATTEND", "MLP", "PROJECT"]
+__all__ = ["ATTEND", "MLP", "PROJECT", "STACK"]
 
 _jit: Any = njit(fastmath=FAST, error_model="numpy", cache=True)
 _inner: Any = njit(fastmath=FAST, error_model="numpy")
@@ -42,15 +44,6 @@ _kernel: Any = cfunc(ARGUMENTS, cache=True)
 # Arguments 3 to 20 are the same in all kernels: 3 h, 4 out, 5 score_w, 6 score_b, 7 eps,
 # 8 threshold, 9 gamma, 10 kept, 11 scratch, 12 gate_a, 13 gate_b, 14 gate_c, 15 gate_width,
 # 16 comp_a, 17 comp_b, 18 comp_c, 19 comp_rank, 20 hidden.
-
-
-@_inner
-def _dot(w, at, x, n):
-    """Row of a weight times a float32 vector."""
-    total = np.float32(0.0)
-    for i in range(n):
-        total += load(w, at + i) * x[i]
-    return total
 
 
 @_inner
@@ -120,8 +113,11 @@ def _join(d, kind, w, bias, x, n, u, v, alike, thread, threads):
     g = np.float32(0.0)
     if alike:
         g = _gate_value(d, v, 0)
-    for i in range(hidden * thread // threads, hidden * (thread + 1) // threads):
-        o = _dot(w, i * n, x, n)
+    begin, end = hidden * thread // threads, hidden * (thread + 1) // threads
+    products = f32_at(d[11] + (thread * 3 + 2) * hidden * 4)
+    _matvec(w, begin, end - begin, x, n, products, 0)
+    for i in range(begin, end):
+        o = products[i - begin]
         if bias != 0:
             o += load(like(bias, kind), i)
         value = g if alike else _gate_value(d, v, i)
@@ -130,7 +126,7 @@ def _join(d, kind, w, bias, x, n, u, v, alike, thread, threads):
 
 @_jit
 def _mlp(d, kind):
-    # 21 alike, 22 Wg, 23 Wu, 24 Wd, 25 inner width, 26 inner scratch [I] float32
+    # 21 alike, 22 Wg, 23 Wu, 24 Wd, 25 inner width, 26 inner scratch [2, I] float32
     thread, threads = team(d)
     hidden, inner = d[20], d[25]
     kept, inverse = _decide(d, kind)
@@ -144,9 +140,11 @@ def _mlp(d, kind):
         _skip(d, kind, u, v, thread, threads)
         return
     wg, wu, wd, act = like(d[22], kind), like(d[23], kind), like(d[24], kind), f32_at(d[26])
-    for i in range(inner * thread // threads, inner * (thread + 1) // threads):
-        a = _dot(wg, i * hidden, u, hidden)
-        act[i] = a * sigmoid(a) * _dot(wu, i * hidden, u, hidden)
+    begin, end = inner * thread // threads, inner * (thread + 1) // threads
+    _matvec(wg, begin, end - begin, u, hidden, act, begin)
+    _matvec(wu, begin, end - begin, u, hidden, act, inner + begin)
+    for i in range(begin, end):
+        act[i] = act[i] * sigmoid(act[i]) * act[inner + i]
     _gate_input(d, u, v)
     barrier(d, threads)
     _join(d, kind, wd, 0, act, inner, u, v, d[21] != 0, thread, threads)
@@ -165,11 +163,11 @@ def _mlp_f32(d):
 @_inner
 def _head(kind, w, bias, first, width, hidden, u, gamma, eps, cos, sin, y):
     """One head's projection, its norm and rotary embedding, in float32."""
+    _matvec(w, first, width, u, hidden, y, 0)
     for i in range(width):
-        x = _dot(w, (first + i) * hidden, u, hidden)
         if bias != 0:
-            x += load(like(bias, kind), first + i)
-        y[i] = rounded(w, x)
+            y[i] += load(like(bias, kind), first + i)
+        y[i] = rounded(w, y[i])
     if gamma != 0:
         g = like(gamma, kind)
         square = np.float32(0.0)
@@ -189,7 +187,8 @@ def _head(kind, w, bias, first, width, hidden, u, gamma, eps, cos, sin, y):
 @_jit
 def _project(d, kind):
     # 21 Wq, 22 bq, 23 Wk, 24 bk, 25 Wv, 26 bv, 27 query heads, 28 kv heads, 29 head width,
-    # 30 cos, 31 sin, 32 q norm, 33 k norm, 34 their eps, 35 q [A, D] float32, 36 k, 37 v [K, D]
+    # 30 cos, 31 sin, 32 q norm, 33 k norm, 34 their eps, 35 q [A, D] float32, 36 k, 37 v,
+    # 38 from one of their heads to the next
     thread, threads = team(d)
     hidden = d[20]
     kept, inverse = _decide(d, kind)
@@ -216,12 +215,12 @@ def _project(d, kind):
             _head(kind, like(d[23], kind), d[24], head * width, width, hidden, u, d[33], eps,
                   d[30], d[31], y)  # fmt: skip
             for i in range(width):
-                store(k, head * width + i, y[i])
+                store(k, head * d[38] + i, y[i])
         else:
             head -= heads + kv
             _head(kind, like(d[25], kind), d[26], head * width, width, hidden, u, 0, eps, 0, 0, y)
             for i in range(width):
-                store(out_v, head * width + i, y[i])
+                store(out_v, head * d[38] + i, y[i])
     if not kept:
         _skip(d, kind, u, v, thread, threads)
 
@@ -300,6 +299,33 @@ def _attend_f32(d):
     _attend(d, f32_at(0))
 
 
+@_jit
+def _stack(d, kind):
+    # 3 table [L, 3, columns] of the arguments above (projections, attention, MLP), 4 L, 5 columns
+    _, threads = team(d)
+    row = d[5] * 8
+    for layer in range(d[4]):
+        project = i64_at(d[3] + 3 * layer * row)
+        _project(project, kind)
+        barrier(d, threads)
+        if i64_at(project[10])[0] != 0:
+            _attend(i64_at(d[3] + (3 * layer + 1) * row), kind)
+            barrier(d, threads)
+        _mlp(i64_at(d[3] + (3 * layer + 2) * row), kind)
+        barrier(d, threads)
+
+
+@_kernel
+def _stack_bf16(d):
+    _stack(d, bf16_at(0))
+
+
+@_kernel
+def _stack_f32(d):
+    _stack(d, f32_at(0))
+
+
+STACK = Kernel(_stack_bf16, _stack_f32)
 MLP = Kernel(_mlp_bf16, _mlp_f32)
 PROJECT = Kernel(_project_bf16, _project_f32)
 ATTEND = Kernel(_attend_bf16, _attend_f32)

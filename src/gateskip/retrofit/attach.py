@@ -49,11 +49,13 @@ class Wiring:
         layer_forward: replaces a decoder layer's ``forward``.
         decoder_hook: forward pre-hook (with keyword arguments) of the decoder.
         generate: replaces the model's ``generate``.
+        head_forward: replaces the LM head's ``forward``, where it is a plain linear layer.
     """
 
     layer_forward: Callable[..., Any]
     decoder_hook: Callable[..., Any]
     generate: Callable[..., Any]
+    head_forward: Callable[..., Any]
 
 
 def find_family(config: Any) -> FamilySpec:
@@ -136,6 +138,9 @@ def install(
             classes.setdefault(base, _gated_class(base, wiring.layer_forward))
             vars(layer)["_gateskip_layer"] = (state, index)
             layer.__class__ = classes[base]
+        head = head_of(model)
+        if type(head) is nn.Linear:
+            head.__class__ = _gated_class(nn.Linear, wiring.head_forward)  # type: ignore[assignment]
         vars(decoder)[STATE_ATTRIBUTE] = state
         decoder.register_forward_pre_hook(wiring.decoder_hook, with_kwargs=True)
         vars(model)["generate"] = types.MethodType(wiring.generate, model)
@@ -172,6 +177,12 @@ def gate_of(module: nn.Module) -> Gate:
     return found
 
 
+def _gated_modules(model: nn.Module, family: FamilySpec) -> list[nn.Module]:
+    """Modules whose class may be replaced."""
+    head = head_of(model)
+    return layers_of(model, family) + ([] if head is None else [head])
+
+
 def suspend(model: nn.Module, family: FamilySpec, wiring: Wiring) -> dict[str, Any]:
     """Make ``model`` run as the dense model, gates left in place; :func:`resume` undoes it.
 
@@ -179,11 +190,12 @@ def suspend(model: nn.Module, family: FamilySpec, wiring: Wiring) -> dict[str, A
         What resume needs.
     """
     decoder = decoder_of(model, family)
-    classes = [type(layer) for layer in layers_of(model, family)]
-    for layer in layers_of(model, family):
-        base = type(layer).__dict__.get("_gateskip_base")
+    gated = _gated_modules(model, family)
+    classes = [type(module) for module in gated]
+    for module in gated:
+        base = type(module).__dict__.get("_gateskip_base")
         if base is not None:
-            layer.__class__ = base
+            module.__class__ = base
     hooks = decoder._forward_pre_hooks
     mine = [i for i, hook in hooks.items() if hook is wiring.decoder_hook]
     for hook_id in mine:
@@ -195,8 +207,8 @@ def suspend(model: nn.Module, family: FamilySpec, wiring: Wiring) -> dict[str, A
 
 def resume(model: nn.Module, family: FamilySpec, wiring: Wiring, kept: dict[str, Any]) -> None:
     """Undo :func:`suspend`."""
-    for layer, cls in zip(layers_of(model, family), kept["classes"], strict=True):
-        layer.__class__ = cls
+    for module, cls in zip(_gated_modules(model, family), kept["classes"], strict=True):
+        module.__class__ = cls
     if kept["hooked"]:  # not within another suspension
         decoder_of(model, family).register_forward_pre_hook(wiring.decoder_hook, with_kwargs=True)
     if kept["generate"] is not None:

@@ -34,6 +34,7 @@ class Call:
         kv: K and V that attention layers wrote for the new tokens (``kv_source="previous"``).
         masks: mask rows of this call, made once by the execution, by what they were made from.
         single: batch 1, one new token, no padding: the batch-1 decoding path.
+        layers: the decoder's. stacked: whether the first one has computed all of them.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class Call:
         self.padding: dict[BranchKey, int] = {}
         self.kv: dict[int, tuple[Tensor, Tensor]] = {}
         self.masks: dict[Any, Any] = {}
+        self.layers: list[nn.Module] = []
+        self.stacked = False
         self.mask_2d = _two_dimensional(attention_mask, batch, past + new, over.generating)
         self.valid_BT, self.protected_BT = self._tokens(position_ids)
         one = batch == 1 and new == 1 and self.valid_BT is None

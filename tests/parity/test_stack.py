@@ -1,0 +1,136 @@
+"""All layers in one kernel call: the same as one by one, and the cache stays Hugging Face's."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import gateskip
+from gateskip import kernels
+from gateskip.execution import layer as layer_module
+from gateskip.execution import stack
+from gateskip.execution.api import dense
+from gateskip.skipping.state import override, state_of
+from models import gated, medians, random_ids
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="numba is not installed")
+
+
+@pytest.fixture
+def stacked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each call of one token ran as one."""
+    seen: list[bool] = []
+
+    def noted(*args: Any) -> Tensor | None:
+        found = stack.token_stack(*args)
+        seen.append(found is not None)
+        return found
+
+    monkeypatch.setattr(layer_module, "token_stack", noted)
+    return seen
+
+
+def fed(model: Any, ids: Tensor, cache: Any, start: int = 6) -> Tensor:
+    """Logits of ids through a cache: ``start`` at once, then one by one."""
+    parts = [model(ids[:, :start], cache=cache, use_cache=True).logits] if start else []
+    parts += [
+        model(ids[:, i : i + 1], cache=cache, use_cache=True).logits
+        for i in range(start, ids.shape[1])
+    ]
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("compensation", ["none", "mean", "low_rank"])
+@pytest.mark.parametrize("kind", ["low_rank", "scalar"])
+@torch.no_grad()
+def test_one_by_one_is_the_whole(
+    family: str, compensation: str, kind: str, stacked: list[bool]
+) -> None:
+    model = gated(family, compensation=compensation, kind=kind)
+    ids = random_ids(1, 20)
+    for thresholds in (medians(model), None):
+        stacked.clear()
+        with override(state_of(model), thresholds=thresholds):
+            with gateskip.trace(model) as once:
+                whole = model(ids).logits
+            with gateskip.trace(model) as stepwise:
+                found = fed(model, ids, DynamicCache(config=model.config))
+        assert stacked == [True] * 14
+        torch.testing.assert_close(found, whole, atol=2e-5, rtol=1e-4)
+        for key, masks in stepwise.keep.items():
+            assert torch.equal(torch.cat(masks, 1), once.keep[key][0])
+        assert stepwise.ledger.pairs_kept == once.ledger.pairs_kept
+
+
+@torch.no_grad()
+def test_the_cache_outgrows_its_room(monkeypatch: pytest.MonkeyPatch, stacked: list[bool]) -> None:
+    monkeypatch.setattr(stack, "ROOM", 3)
+    model, ids = gated(compensation="low_rank"), random_ids(1, 40)
+    with override(state_of(model), thresholds=medians(model)):
+        cache = DynamicCache(config=model.config)
+        found = fed(model, ids, cache)
+        whole = model(ids, use_cache=True)
+    assert all(stacked)
+    torch.testing.assert_close(found, whole.logits, atol=2e-5, rtol=1e-4)
+    assert cache.get_seq_length() == 40
+    for ours, theirs in zip(cache.layers, whole.cache.layers, strict=True):
+        assert ours.keys.shape == theirs.keys.shape
+        torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(ours.values, theirs.values, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_caches_are_copied_cropped_and_mixed_with_longer_calls(stacked: list[bool]) -> None:
+    model, ids = gated(compensation="low_rank"), random_ids(1, 24)
+    other = torch.cat((ids[:, :14], random_ids(1, 6, seed=8)), 1)
+    with override(state_of(model), thresholds=medians(model)):
+        wanted, changed = model(ids).logits, model(other).logits
+        cache = DynamicCache(config=model.config)
+        fed(model, ids[:, :14], cache)
+        twin = copy.deepcopy(cache)
+        found = fed(model, ids[:, 14:], cache, start=0)
+        torch.testing.assert_close(found, wanted[:, 14:], atol=2e-5, rtol=1e-4)
+        found = fed(model, other[:, 14:], twin, start=0)
+        torch.testing.assert_close(found, changed[:, 14:], atol=2e-5, rtol=1e-4)
+        cache.crop(-10)
+        found = fed(model, other[:, 14:], cache, start=3)  # several tokens, then one by one
+        torch.testing.assert_close(found, changed[:, 14:], atol=2e-5, rtol=1e-4)
+    assert all(stacked)
+
+
+@torch.no_grad()
+def test_who_listens_is_heard(stacked: list[bool]) -> None:
+    model, ids = gated(), random_ids(1, 10)
+    calls: list[int] = []
+    with override(state_of(model), thresholds=medians(model)):
+        expected = model(ids, output_hidden_states=True).hidden_states
+        cache = model(ids[:, :9], use_cache=True).cache
+        found = model(ids[:, 9:], cache=cache, output_hidden_states=True).hidden_states
+        for ours, whole in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours[:, 0], whole[:, 9], atol=2e-5, rtol=1e-4)
+        handle = model.model.layers[2].register_forward_hook(lambda *_: calls.append(1))
+        fed(model, ids, DynamicCache(config=model.config))
+        handle.remove()
+    assert len(calls) == 5
+    assert not any(stacked)
+
+
+@torch.no_grad()
+def test_the_head(stacked: list[bool]) -> None:
+    model = gated().bfloat16()
+    x = torch.randn(1, 1, 64).bfloat16()
+    expected = torch.nn.functional.linear(x.float(), model.lm_head.weight.float())
+    torch.testing.assert_close(model.lm_head(x).float(), expected, atol=0.02, rtol=0.01)
+    assert type(model.lm_head) is not torch.nn.Linear
+    with dense(model):
+        assert type(model.lm_head) is torch.nn.Linear
+    assert type(model.lm_head) is not torch.nn.Linear
+    assert isinstance(model.lm_head, torch.nn.Linear)
+    gateskip.detach(model)
+    assert type(model.lm_head) is torch.nn.Linear
