@@ -59,6 +59,22 @@ def test_unsupported_architecture_lists_the_supported() -> None:
         assert name in str(caught.value)
 
 
+def test_layers_that_would_run_dense_are_refused() -> None:
+    from accelerate import cpu_offload
+
+    model = cpu_offload(tiny(), execution_device=torch.device("cpu"))
+    with pytest.raises(gateskip.UnsupportedError, match="no weights here"):
+        gateskip.attach(model)
+    model = tiny()
+    layer = model.model.layers[2]
+    layer.forward = layer.forward
+    with pytest.raises(gateskip.UnsupportedError, match="layer 2"):
+        gateskip.attach(model)
+    with pytest.raises(gateskip.UnsupportedError, match="meta"):
+        gateskip.attach(tiny().to("meta"))
+    assert not [n for n, _ in model.named_modules() if "skip_gate" in n]
+
+
 def test_not_a_causal_model() -> None:
     with pytest.raises(gateskip.UnsupportedError, match="causal"):
         gateskip.attach(tiny().model)

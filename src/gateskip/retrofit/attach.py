@@ -118,9 +118,11 @@ def install(
 
     Raises:
         AttachError: the model has gates already.
+        UnsupportedError: layers that are offloaded or patched.
     """
     if STATE_ATTRIBUTE in vars(model):
         raise AttachError("model is gated already; call gateskip.detach(model) first.")
+    _check_layers(model, family)
     generator = torch.Generator().manual_seed(config.seed)
     hidden: int = cast(Any, model).config.hidden_size
     gate_class = GATES.get(config.kind)
@@ -148,6 +150,21 @@ def install(
     except BaseException:
         uninstall(model, family, wiring)
         raise
+
+
+def _check_layers(model: nn.Module, family: FamilySpec) -> None:
+    """Raise UnsupportedError where a layer's class would not be asked, or weights are elsewhere."""
+    for index, layer in enumerate(layers_of(model, family)):
+        if "forward" in vars(layer):
+            raise UnsupportedError(
+                f"layer {index} has a forward of its own (a device_map over several devices, "
+                "offloading, or a patch), so it would run dense; load the model on one device."
+            )
+        if any(p.is_meta for p in layer.parameters()):
+            raise UnsupportedError(
+                f"layer {index} has no weights here (offloaded, or on the meta device); load the "
+                "model on one device that holds it."
+            )
 
 
 def uninstall(model: nn.Module, family: FamilySpec, wiring: Wiring) -> None:
