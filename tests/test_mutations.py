@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import gateskip
+from gateskip import kernels
 from gateskip.execution import layer as execution_layer
 from gateskip.retrofit.attach import layers_of
 from gateskip.skipping import state as state_module
@@ -44,9 +45,13 @@ def compacted_is_masked(case: Case) -> bool:
     """I2, in prefill, in batched decoding and in decoding at batch 1."""
     model, state = case.model, case.state
     same = True
-    for batch in (1, 3):
+    for batch, backend in itertools.product((1, 3), ("torch", kernels.backend())):
         ids, mask, positions = padded(batch, 12, "left")
-        with override(state, thresholds=case.thresholds), gateskip.trace(model) as own:
+        with (
+            override(state, thresholds=case.thresholds),
+            kernels.using(backend),
+            gateskip.trace(model) as own,
+        ):
             fast = through_cache(model, ids, mask, positions, 1)
         decisions = [call.keep for call in own.calls]
         with replay(state, decisions), gateskip.execution(model, "masked"):

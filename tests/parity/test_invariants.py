@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import gateskip
+from gateskip import kernels
 from gateskip.retrofit.attach import decoder_of, find_family, gated_branches, layers_of
 from gateskip.skipping.state import override, replay, state_of
 from models import (
@@ -87,7 +88,10 @@ def test_i1_unit_gates_are_the_dense_model(family: str, attention: str, side: st
     cached = through_cache(model, ids, mask, positions, 1)
     gateskip.attach(model, gateskip.GateConfig(init_std=0.0, init_bias=40.0))
     assert torch.equal(model(ids, attention_mask=mask, position_ids=positions).logits, dense)
-    assert torch.equal(through_cache(model, ids, mask, positions, 1), cached)
+    with kernels.using("torch"):  # the kernels sum in another order
+        assert torch.equal(through_cache(model, ids, mask, positions, 1), cached)
+    own = through_cache(model, ids, mask, positions, 1)[mask.bool()]
+    torch.testing.assert_close(own, cached[mask.bool()], atol=1e-5, rtol=1e-5)
     assert set(before) < set(dict(model.named_parameters()))
     gateskip.detach(model)
     assert [type(layer) for layer in layers] == classes

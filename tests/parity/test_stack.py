@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import gateskip
 from gateskip import kernels
@@ -16,7 +16,7 @@ from gateskip.execution import layer as layer_module
 from gateskip.execution import stack
 from gateskip.execution.api import dense
 from gateskip.skipping.state import override, state_of
-from models import gated, medians, random_ids
+from models import gated, medians, random_ids, with_table
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="numba is not installed")
 
@@ -134,3 +134,85 @@ def test_the_head(stacked: list[bool]) -> None:
     assert isinstance(model.lm_head, torch.nn.Linear)
     gateskip.detach(model)
     assert type(model.lm_head) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["vector", "scalar"])
+@pytest.mark.parametrize("batch", [2, 3, 5, 11])
+@torch.no_grad()
+def test_rows_of_a_batch_run_as_one(
+    family: str, kind: str, batch: int, stacked: list[bool]
+) -> None:
+    model, ids = gated(family, compensation="low_rank", kind=kind), random_ids(batch, 15)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    for thresholds in (medians(model), None):
+        stacked.clear()
+        with override(state_of(model), thresholds=thresholds):
+            whole = model(ids, attention_mask=mask).logits
+            for cache in (
+                DynamicCache(config=model.config),
+                StaticCache(config=model.config, max_cache_len=17),
+            ):
+                found = model(ids[:, :8], attention_mask=mask[:, :8], cache=cache).logits
+                torch.testing.assert_close(
+                    found[mask[:, :8] > 0], whole[:, :8][mask[:, :8] > 0], atol=2e-5, rtol=1e-4
+                )
+                for at in range(8, 15):
+                    out = model(ids[:, at : at + 1], attention_mask=mask[:, : at + 1], cache=cache)
+                    torch.testing.assert_close(out.logits[:, 0], whole[:, at], atol=2e-5, rtol=1e-4)
+                assert int(cache.get_seq_length()) == 15
+        assert stacked == [True] * 14
+
+
+@torch.no_grad()
+def test_the_ledger_of_a_batch(stacked: list[bool]) -> None:
+    model, ids = gated(compensation="low_rank"), random_ids(4, 9)
+    ledgers = []
+    for backend in ("numba", "torch"):
+        with kernels.using(backend), override(state_of(model), thresholds=medians(model)):
+            cache = model(ids[:, :8], use_cache=True).cache
+            with gateskip.trace(model) as trace:
+                model(ids[:, 8:], cache=cache, use_cache=True)
+        ledgers.append(trace)
+    ours, theirs = ledgers
+    assert stacked == [True, False]
+    for key, masks in ours.keep.items():
+        assert torch.equal(masks[0], theirs.keep[key][0])
+    assert ours.ledger.rows_spent == theirs.ledger.rows_spent
+    assert ours.ledger.bytes_spent == theirs.ledger.bytes_spent
+
+
+@torch.no_grad()
+def test_a_budget_of_its_own_for_every_row(stacked: list[bool]) -> None:
+    model, ids = with_table(gated(compensation="low_rank")), random_ids(3, 12)
+    rows = [0.5, 1.0, 0.8]
+    with gateskip.budget(model, keep=rows):
+        found = fed(model, ids, DynamicCache(config=model.config))
+    assert stacked == [True] * 6
+    for i, keep in enumerate(rows):
+        with gateskip.budget(model, keep=keep):
+            torch.testing.assert_close(found[i : i + 1], model(ids[i : i + 1]).logits, atol=2e-5,
+                                       rtol=1e-4)  # fmt: skip
+
+
+@torch.no_grad()
+def test_beams_move_their_rows(stacked: list[bool]) -> None:
+    model, ids = with_table(gated(compensation="low_rank")), random_ids(2, 6)
+    options = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(ids, gateskip_budget={"keep": 0.7}, **options)
+    assert all(stacked)
+    assert len(stacked) >= 7
+    with kernels.using("torch"):
+        assert torch.equal(found, model.generate(ids, gateskip_budget={"keep": 0.7}, **options))
+
+
+@torch.no_grad()
+def test_a_full_static_cache_says_so(stacked: list[bool]) -> None:
+    model, ids = gated(), random_ids(1, 6)
+    cache = StaticCache(config=model.config, max_cache_len=6)
+    with override(state_of(model), thresholds=medians(model)):
+        fed(model, ids, cache, start=5)
+        with pytest.raises((IndexError, RuntimeError)):
+            model(ids[:, :1], cache=cache)
+    assert stacked[-1] is False

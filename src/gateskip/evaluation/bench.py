@@ -4,8 +4,8 @@ Shapes: B rows, T prompt tokens.
 
 Arms alternate within each repeat, each repeat on text of its own; a figure is the median of the
 repeats. Nothing else may run on the machine meanwhile. Efficiency is what of the saved arithmetic
-became time: (t_dense / t_skip) ÷ (MACs_dense / MACs_spent), bytes instead of MACs for batch-1
-decoding, the LM head counted on both sides.
+became time: (t_dense / t_skip) ÷ (MACs_dense / MACs_spent), bytes instead of MACs for decoding at
+batch 1, the LM head counted on both sides.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def run_bench(
     *,
     budgets: Sequence[Budget],
     new_tokens: int = 32,
+    decode_batch: int = 1,
     repeats: int = 5,
     compiled: bool = True,
     phases: Sequence[str] = ("prefill", "decode"),
@@ -76,8 +77,8 @@ def run_bench(
     Args:
         model: a calibrated gated model.
         ids: real text, int64 ``[V, B, T + new_tokens]`` (or one window without V); the repeats take
-            the windows in turn. Prefill takes ``[:, :T]``, decode feeds row 0's ``new_tokens`` last
-            ids one by one after a prefill of its first T.
+            the windows in turn. Prefill takes ``[:, :T]``, decode feeds the ``new_tokens`` last ids
+            of the first ``decode_batch`` rows one by one after a prefill of their first T.
         budgets: budgets of the compacted arms; budget 1.0 is always added.
         repeats: at least 1; figures that are published need 5.
         compiled: also time ``torch.compile`` of the dense model (decode: static cache).
@@ -98,6 +99,10 @@ def run_bench(
         raise ConfigError(f"ids of shape {tuple(ids.shape)} need more than {new_tokens} columns.")
     if repeats < 1:
         raise ConfigError(f"repeats={repeats} must be at least 1.")
+    if not 1 <= decode_batch <= ids.shape[1]:
+        raise ConfigError(
+            f"decode_batch={decode_batch} must be between 1 and the {ids.shape[1]} rows of ids."
+        )
     prompt = ids.shape[2] - new_tokens
     wanted = [Budget(keep=1.0), *(b for b in budgets if not b.full)]
     rows: list[dict[str, Any]] = []
@@ -106,9 +111,10 @@ def run_bench(
         notes.append("freed memory is kept by the allocator, in all arms")
     with eval_mode(model), Progress(disable=not progress, transient=True) as bar:
         for phase in phases:
+            taken = ids if phase == "prefill" else ids[:, :decode_batch]
             arms = [_Arm("dense_eager", None)]
             if compiled:
-                arms += _compiled_arm(model, phase, ids[0], prompt, notes)
+                arms += _compiled_arm(model, phase, taken[0], prompt, notes)
             if masked and len(wanted) > 1:
                 arms.append(_Arm("gated_masked", wanted[-1]))
             arms += [_Arm("gated_compacted", budget) for budget in wanted]
@@ -116,13 +122,13 @@ def run_bench(
             warm = ids.shape[0]
             task = bar.add_task(f"Timing {phase}", total=(repeats + warm) * len(arms))
             for repeat in range(-warm, repeats):
-                window = ids[repeat % ids.shape[0]]
+                window = taken[repeat % ids.shape[0]]
                 for arm in arms if repeat % 2 else reversed(arms):
                     seconds = _time(model, arm, phase, window, prompt)
                     if repeat >= 0:
                         arm.seconds.append(seconds)
                     bar.advance(task)
-            rows += [_row(model, arm, arms[0], phase, ids, prompt, name) for arm in arms]
+            rows += [_row(model, arm, arms[0], phase, taken, prompt, name) for arm in arms]
     return {"header": run_header(command) | {"repeats": repeats, "notes": notes}, "rows": rows}
 
 
@@ -132,8 +138,8 @@ def _prefill(runner: Any, ids: Tensor, prompt: int) -> Any:
 
 def _decode(runner: Any, ids: Tensor, prompt: int, cache: Any) -> None:
     for at in range(prompt, ids.shape[1]):
-        mask = torch.ones(1, at + 1, dtype=torch.long, device=ids.device)
-        runner(input_ids=ids[:1, at : at + 1], attention_mask=mask, cache=cache, use_cache=True)
+        mask = torch.ones(ids.shape[0], at + 1, dtype=torch.long, device=ids.device)
+        runner(input_ids=ids[:, at : at + 1], attention_mask=mask, cache=cache, use_cache=True)
 
 
 def keep_freed_memory() -> bool:
@@ -174,7 +180,7 @@ def _time(model: Any, arm: _Arm, phase: str, ids: Tensor, prompt: int) -> float:
             return _clock(lambda: _prefill(runner, ids, prompt), ids)
         if arm.name == "dense_compiled":
             return _time_static_decode(model, runner, ids, prompt)
-        cache = _prefill(model, ids[:1], prompt).cache
+        cache = _prefill(model, ids, prompt).cache
         return _clock(lambda: _decode(runner, ids, prompt, cache), ids)
 
 
@@ -182,13 +188,13 @@ def _time_static_decode(model: Any, runner: Any, ids: Tensor, prompt: int) -> fl
     from transformers import StaticCache
 
     cache = StaticCache(config=model.config, max_cache_len=ids.shape[1])
-    model(input_ids=ids[:1, :prompt], cache=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids[:, :prompt], cache=cache, use_cache=True, logits_to_keep=1)
 
     def steps() -> None:
         for at in range(prompt, ids.shape[1]):
-            position = torch.tensor([[at]], device=ids.device)
+            position = torch.full((ids.shape[0], 1), at, device=ids.device)
             runner(
-                input_ids=ids[:1, at : at + 1], position_ids=position, cache=cache, use_cache=True
+                input_ids=ids[:, at : at + 1], position_ids=position, cache=cache, use_cache=True
             )
 
     return _clock(steps, ids)
@@ -234,7 +240,7 @@ def _ledger(model: Any, arm: _Arm, phase: str, ids: Tensor, prompt: int) -> tupl
                 with trace(model) as recorder:
                     _prefill(model, window, prompt)
             else:
-                cache = _prefill(model, window[:1], prompt).cache
+                cache = _prefill(model, window, prompt).cache
                 with trace(model) as recorder:
                     _decode(model, window, prompt, cache)
             calls += recorder.calls
@@ -248,14 +254,14 @@ def _row(
     ledger, windows = _ledger(model, arm, phase, ids, prompt)
     steps = ids.shape[2] - prompt
     is_dense = arm.name.startswith("dense")
-    logits = windows * (ids.shape[1] if phase == "prefill" else steps)
+    logits = windows * ids.shape[1] * (1 if phase == "prefill" else steps)
     head = shape.macs_lm_head * logits
     reads = windows * (1 if phase == "prefill" else steps)
     head_bytes = shape.macs_lm_head * shape.weight_bytes * reads
     masked = arm.name == "gated_masked"  # computes everything, and its gates
     macs = ledger.macs_dense if is_dense else ledger.macs_spent
     read = ledger.bytes_dense if is_dense else ledger.bytes_spent
-    if phase == "prefill":
+    if phase == "prefill" or ids.shape[1] > 1:
         saved = (ledger.macs_dense + head) / (macs + head)
     else:
         saved = (ledger.bytes_dense + head_bytes) / (read + head_bytes)
@@ -271,7 +277,7 @@ def _row(
         "arm": arm.name,
         "phase": phase,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "batch": ids.shape[1] if phase == "prefill" else 1,
+        "batch": ids.shape[1],
         "prompt_tokens": prompt,
         "new_tokens": 0 if phase == "prefill" else steps,
         "keep": 1.0 if arm.budget is None else arm.budget.keep,
@@ -298,7 +304,7 @@ def print_bench(result: dict[str, Any], console: Console) -> None:
         first = rows[0]
         size = f"{first['batch']} × {first['prompt_tokens']}"
         if phase == "decode":
-            size = f"{first['new_tokens']} tokens after {first['prompt_tokens']}"
+            size = f"{first['batch']} × {first['new_tokens']} tokens after {first['prompt_tokens']}"
         table = Table(title=f"{phase}, {dtype}, {size}", title_justify="left", box=SIMPLE)
         for column in ("arm", "budget", "skipped", "time", "speed-up", "efficiency"):
             justify: Any = "left" if column == "arm" else "right"

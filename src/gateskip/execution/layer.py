@@ -23,7 +23,7 @@ from gateskip.execution.fused_mlp import own_mlp, run_mlp
 from gateskip.execution.grid import Grid, GridAttention
 from gateskip.execution.inputs import AttentionInputs, flat_positions, grid_of
 from gateskip.execution.rounding import repeated
-from gateskip.execution.stack import token_stack
+from gateskip.execution.stack import takes_stack, token_stack
 from gateskip.execution.token import YES, token_layer
 from gateskip.execution.trained_attention import CausalAttention
 from gateskip.skipping.call import Call
@@ -48,14 +48,13 @@ def layer_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs:
         kwargs.update(zip(names, args, strict=False))
     index = vars(layer)["_gateskip_layer"][1]
     h = None
-    if call.single and not call.masked:
-        if index == 0:
-            h = token_stack(call.layers, call, hidden_states, kwargs)
-            call.stacked = h is not None
-        elif call.stacked:
-            h = hidden_states
-        if h is None:
-            h = token_layer(layer, call, index, hidden_states, kwargs)
+    if index == 0 and takes_stack(call):
+        h = token_stack(call.layers, call, hidden_states, kwargs)
+        call.stacked = h is not None
+    elif call.stacked:
+        h = hidden_states
+    if h is None and call.single and not call.masked:
+        h = token_layer(layer, call, index, hidden_states, kwargs)
     if h is None:
         h = _layer(layer, call, index, hidden_states, kwargs)
     if call.recorder is not None and index == call.state.shape.layers - 1:

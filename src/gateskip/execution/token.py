@@ -158,7 +158,7 @@ def _mlp_plan(layer: nn.Module, family: FamilySpec) -> _Plan | None:
     except _UnfitError:
         return None
     inner = mlp.gate_proj.weight.shape[0]
-    plan.arguments([int(plan.alike), wg, wu, wd, inner, 0])
+    plan.arguments([int(plan.alike), wg, wu, wd, inner, 0, 0, 0, 0])
     plan.inner = inner
     return plan
 
@@ -193,10 +193,12 @@ def _attention_plans(layer: nn.Module, family: FamilySpec) -> tuple[_Plan, _Plan
         return None
     heads, kv = (getattr(attention, f"{n}_proj").weight.shape[0] // width for n in "qk")
     flat = [address for pair in weights for address in pair]
-    project.arguments([*flat, heads, kv, width, 0, 0, *norms, _real(norm_eps), 0, 0, 0, width])
+    project.arguments(
+        [*flat, heads, kv, width, 0, 0, *norms, _real(norm_eps), 0, 0, 0, width, 0, 0, 0]
+    )
     attend.arguments([
         int(attend.alike), 0, 0, 0, 0, heads, heads // kv, width, 0, 0, 0, 0,
-        _real(attention.scaling), 0, 0, 0, wo, bo,
+        _real(attention.scaling), 0, 0, 0, wo, bo, 0,
     ])  # fmt: skip
     project.sizes = (heads, kv, width)
     return project, attend
@@ -306,12 +308,12 @@ def _attention(
     return out
 
 
-def additive(mask_S: Tensor) -> Tensor:
-    """A mask row as float32 addends."""
-    if mask_S.dtype == torch.bool:
-        blank = torch.zeros(mask_S.shape[0])
-        return blank.masked_fill_(~mask_S, torch.finfo(torch.float32).min)
-    return mask_S.float().contiguous()
+def additive(mask: Tensor) -> Tensor:
+    """A mask as float32 addends."""
+    if mask.dtype == torch.bool:
+        blank = torch.zeros(mask.shape)
+        return blank.masked_fill_(~mask, torch.finfo(torch.float32).min)
+    return mask.float().contiguous()
 
 
 def _mlp(call: Call, index: int, h: Tensor, plan: _Plan) -> Tensor:

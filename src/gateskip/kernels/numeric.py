@@ -1,6 +1,6 @@
 """What numba lacks: typed pointers from addresses, bfloat16 as shifted bits, a fast exponential.
 
-``load`` and ``store`` follow the pointer's type: uint16 holds bfloat16, float32 itself.
+``load`` and ``store`` follow the pointer's type: uint16 holds bfloat16, others hold themselves.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ BF16 = types.CPointer(types.uint16)
 F32 = types.CPointer(types.float32)
 I64 = types.CPointer(types.int64)
 F64 = types.CPointer(types.float64)
+I8 = types.CPointer(types.int8)
 ARGUMENTS = types.void(I64)
 
 #: Without "nnan" and "ninf": a NaN in the stream must stay one.
@@ -36,12 +37,14 @@ bf16_at = _pointer(types.uint16, ir.IntType(16))
 f32_at = _pointer(types.float32, ir.FloatType())
 f64_at = _pointer(types.float64, ir.DoubleType())
 i64_at = _pointer(types.int64, ir.IntType(64))
+i8_at = _pointer(types.int8, ir.IntType(8))
 
 
 @intrinsic
 def like(typingctx, address, pointer):
     """The pointer at ``address`` of the same type as ``pointer``."""
-    llvm = ir.IntType(16) if pointer.dtype == types.uint16 else ir.FloatType()
+    by_type = {types.uint16: ir.IntType(16), types.int8: ir.IntType(8)}
+    llvm = by_type.get(pointer.dtype, ir.FloatType())
 
     def codegen(context, builder, signature, args):
         return builder.inttoptr(args[0], llvm.as_pointer())
@@ -102,6 +105,24 @@ def call_void(typingctx, address):
     return types.none(types.int64), codegen
 
 
+@intrinsic
+def prefetch(typingctx, pointer, index):
+    """Begin to load the cache line of an element; any address will do."""
+
+    def codegen(context, builder, signature, args):
+        place = builder.bitcast(builder.gep(args[0], [args[1]]), ir.IntType(8).as_pointer())
+        word = ir.IntType(32)
+        function = builder.module.declare_intrinsic(
+            "llvm.prefetch",
+            [place.type],
+            ir.FunctionType(ir.VoidType(), [place.type, word, word, word]),
+        )
+        builder.call(function, [place, word(0), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.none(pointer, types.int64), codegen
+
+
 def load(pointer, index):
     """float32 at ``index``."""
     raise NotImplementedError
@@ -126,6 +147,8 @@ def element_bytes(pointer):
 def _element_bytes(pointer):
     if pointer.dtype == types.uint16:
         return lambda pointer: 2
+    if pointer.dtype == types.int8:
+        return lambda pointer: 1
     return lambda pointer: 4
 
 
@@ -137,6 +160,8 @@ def _load(pointer, index):
             return float_of(np.uint32(np.uint32(pointer[index]) << np.uint32(16)))
 
         return widened
+    if pointer.dtype == types.int8:
+        return lambda pointer, index: np.float32(pointer[index])
     return lambda pointer, index: pointer[index]
 
 

@@ -35,7 +35,7 @@ from gateskip.kernels.pool import Kernel
 from gateskip.kernels.products import dot as _dot
 from gateskip.kernels.products import matvec as _matvec
 
-__all__ = ["ATTEND", "MLP", "PROJECT", "STACK"]
+__all__ = ["ATTEND", "MLP", "PROJECT", "attend_head", "turn_head"]
 
 _jit: Any = njit(fastmath=FAST, error_model="numpy", cache=True)
 _inner: Any = njit(fastmath=FAST, error_model="numpy")
@@ -161,15 +161,14 @@ def _mlp_f32(d):
 
 
 @_inner
-def _head(kind, w, bias, first, width, hidden, u, gamma, eps, cos, sin, y):
-    """One head's projection, its norm and rotary embedding, in float32."""
-    _matvec(w, first, width, u, hidden, y, 0)
+def turn_head(w, y, bias, first, width, gamma, eps, cos, sin):
+    """Bias, norm and rotary embedding of one head's projection ``y``, rounded as ``w``'s type."""
     for i in range(width):
         if bias != 0:
-            y[i] += load(like(bias, kind), first + i)
+            y[i] += load(like(bias, w), first + i)
         y[i] = rounded(w, y[i])
     if gamma != 0:
-        g = like(gamma, kind)
+        g = like(gamma, w)
         square = np.float32(0.0)
         for i in range(width):
             square += y[i] * y[i]
@@ -177,11 +176,18 @@ def _head(kind, w, bias, first, width, hidden, u, gamma, eps, cos, sin, y):
         for i in range(width):
             y[i] = rounded(w, rounded(w, y[i] * inverse) * load(g, i))
     if cos != 0:
-        c, s, half = like(cos, kind), like(sin, kind), width // 2
+        c, s, half = like(cos, w), like(sin, w), width // 2
         for i in range(half):
             a, b = y[i], y[half + i]
             y[i] = a * load(c, i) - b * load(s, i)
             y[half + i] = b * load(c, half + i) + a * load(s, half + i)
+
+
+@_inner
+def _head(kind, w, bias, first, width, hidden, u, gamma, eps, cos, sin, y):
+    """One head's projection, its norm and rotary embedding, in float32."""
+    _matvec(w, first, width, u, hidden, y, 0)
+    turn_head(w, y, bias, first, width, gamma, eps, cos, sin)
 
 
 @_jit
@@ -236,7 +242,7 @@ def _project_f32(d):
 
 
 @_inner
-def _attend_head(kind, q, key, value, keys, width, stride_k, stride_v, scale, mask, s, y):
+def attend_head(kind, q, key, value, keys, width, stride_k, stride_v, scale, mask, s, y):
     """Attention of one query head over its keys, in float32."""
     top = np.float32(-3.0e38)
     for j in range(keys):
@@ -276,7 +282,7 @@ def _attend(d, kind):
         group = head // d[27]
         key = like(d[23] + group * d[29] * element_bytes(kind), kind)
         value = like(d[24] + group * d[31] * element_bytes(kind), kind)
-        _attend_head(kind, f32_at(d[22] + head * width * 4), key, value, d[25], width, d[30], d[32],
+        attend_head(kind, f32_at(d[22] + head * width * 4), key, value, d[25], width, d[30], d[32],
                      scale, d[34], f32_at(d[35] + head * d[25] * 4),
                      f32_at(d[36] + head * width * 4))  # fmt: skip
     _, inverse = _decide(d, kind)
@@ -299,33 +305,6 @@ def _attend_f32(d):
     _attend(d, f32_at(0))
 
 
-@_jit
-def _stack(d, kind):
-    # 3 table [L, 3, columns] of the arguments above (projections, attention, MLP), 4 L, 5 columns
-    _, threads = team(d)
-    row = d[5] * 8
-    for layer in range(d[4]):
-        project = i64_at(d[3] + 3 * layer * row)
-        _project(project, kind)
-        barrier(d, threads)
-        if i64_at(project[10])[0] != 0:
-            _attend(i64_at(d[3] + (3 * layer + 1) * row), kind)
-            barrier(d, threads)
-        _mlp(i64_at(d[3] + (3 * layer + 2) * row), kind)
-        barrier(d, threads)
-
-
-@_kernel
-def _stack_bf16(d):
-    _stack(d, bf16_at(0))
-
-
-@_kernel
-def _stack_f32(d):
-    _stack(d, f32_at(0))
-
-
-STACK = Kernel(_stack_bf16, _stack_f32)
 MLP = Kernel(_mlp_bf16, _mlp_f32)
 PROJECT = Kernel(_project_bf16, _project_f32)
 ATTEND = Kernel(_attend_bf16, _attend_f32)
