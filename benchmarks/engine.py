@@ -29,7 +29,7 @@ from gateskip.evaluation.bench import keep_freed_memory, print_bench, run_bench
 from gateskip.evaluation.bench_gates import text_ids
 
 BATCH, PROMPT = (1, 4, 16), (64, 512, 2048)
-COMPUTE = (0.85, 0.75, 0.5, 0.3)
+KEEP = (0.85, 0.75, 0.5, 0.3)
 #: What a profile's entries are, by the beginning of their names, first match first.
 GROUPS = (
     ("decision", ("SCORE",)),
@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batch", type=int, nargs="+", default=BATCH)
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=PROMPT)
-    parser.add_argument("--compute", type=float, nargs="+", default=COMPUTE)
+    parser.add_argument("--keep", type=float, nargs="+", default=KEEP)
     parser.add_argument("--phases", nargs="+", default=["prefill", "decode"])
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
@@ -136,7 +136,7 @@ def run(options: argparse.Namespace) -> None:
     name = str(options.model or model.config._name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(name)
     texts = read_texts(options.data)
-    budgets = [Budget(compute=value) for value in options.compute]
+    budgets = [Budget(keep=value) for value in options.keep]
     command = command_line("python benchmarks/engine.py", vars(options))
     for batch, prompt, phase in cells(options):
         there = {(r["batch"], r["prompt_tokens"], r["phase"], r["dtype"]) for r in done["rows"]}
@@ -154,14 +154,14 @@ def run(options: argparse.Namespace) -> None:
         done["header"] = found["header"] | {"notes": [], "repeats": options.repeats}
         write_json(options.json, done)
     ids = windows(texts, tokenizer, 4, 513)[0]
-    budget = Budget(compute=options.profile)
+    budget = Budget(keep=options.profile)
     done["profiles"] = [
-        {"phase": phase, "batch": batch, "prompt_tokens": 512, "compute": options.profile,
+        {"phase": phase, "batch": batch, "prompt_tokens": 512, "keep": options.profile,
          "milliseconds": profiled(model, ids[:batch], budget, phase)}
         for phase, batch in (("prefill", 4), ("decode", 1), ("decode", 4))
     ]  # fmt: skip
     write_json(options.json, done)
-    table = Table(title=f"One call at compute={options.profile:g}, ms", box=SIMPLE)
+    table = Table(title=f"One call at keep={options.profile:g}, ms", box=SIMPLE)
     for column in ("", *(f"{p['phase']} {p['batch']} × 512" for p in done["profiles"])):
         table.add_column(column, justify="right" if column else "left")
     for group in done["profiles"][0]["milliseconds"]:

@@ -9,6 +9,7 @@ import torch
 import gateskip
 from gateskip import kernels
 from gateskip.data import Batch
+from gateskip.fitting import regression
 from gateskip.fitting.closed_loop import keep_all, measure, order_statistic
 from gateskip.fitting.observers import CompensationMoments, DenseOutputs, ScoreMoments
 from gateskip.fitting.passes import run_pass
@@ -54,6 +55,22 @@ def test_low_rank_is_the_best_of_its_rank() -> None:
     full = moments.solve_low_rank(1e-12, 5)
     weights, _ = moments.solve(1e-12)
     torch.testing.assert_close(full[0].T @ full[1].T, weights, atol=1e-6, rtol=1e-4)
+
+
+def test_leading_triples_of_a_large_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    a = torch.randn(60, 40, dtype=torch.float64) @ torch.diag(0.8 ** torch.arange(40).double())
+    exact = regression._leading(a, 5)
+    monkeypatch.setattr(regression, "LARGE", 1)
+    left, singular, right = regression._leading(a, 5)
+    torch.testing.assert_close(singular, exact[1])
+    torch.testing.assert_close(left * singular @ right, exact[0] * exact[1] @ exact[2])
+
+
+def test_whitening_without_enough_tokens() -> None:
+    gram = torch.diag(torch.tensor([1.0, 0.5, -1e-3])).double()  # rounding left the last below 0
+    white = regression._whitening(gram, torch.tensor(1e-6).double())
+    assert bool(white.isfinite().all())
 
 
 @pytest.mark.parametrize("kind", ["low_rank", "scalar", "vector"])

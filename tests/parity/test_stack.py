@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 import gateskip
 from gateskip import kernels
 from gateskip.execution import layer as layer_module
-from gateskip.execution import stack
+from gateskip.execution import memory, stack
 from gateskip.execution.api import dense
 from gateskip.skipping.state import override, state_of
 from models import gated, medians, random_ids, with_table
@@ -70,7 +70,7 @@ def test_one_by_one_is_the_whole(
 
 @torch.no_grad()
 def test_the_cache_outgrows_its_room(monkeypatch: pytest.MonkeyPatch, stacked: list[bool]) -> None:
-    monkeypatch.setattr(stack, "ROOM", 3)
+    monkeypatch.setattr(memory, "ROOM", 3)
     model, ids = gated(compensation="low_rank"), random_ids(1, 40)
     with override(state_of(model), thresholds=medians(model)):
         cache = DynamicCache(config=model.config)

@@ -26,6 +26,8 @@ __all__ = ["Grid", "GridAttention"]
 #: Queries per causal block: keys beyond a block's last query are not computed. Smaller blocks save
 #: more of the rectangle and cost more calls; 16-bit products are too fast for the smallest.
 BLOCK = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
+GPU_BLOCK = 2048  # queries: a launch costs more there than a rectangle's other half
+GPU_FULL = 0.15  # likewise: kernels that know causality are several times faster than masks
 #: Longest row, as a share of all tokens, from which on a full grid under plain causality is faster
 #: than mask rows (projections of skipped tokens are not computed either way).
 FULL = {torch.float32: 0.97, torch.bfloat16: 0.8, torch.float16: 0.8}
@@ -42,6 +44,7 @@ class Grid:
     Attributes:
         slots_BL: index into the N kept tokens of each cell; a ragged row repeats its last one.
         real_BL: False for such repetitions. token_BL: flat token index of each cell.
+        cells_N: the cell of each kept token.
         causal: cell l is position l, and attention needs no mask rows.
     """
 
@@ -56,12 +59,13 @@ class Grid:
     ) -> None:
         self.new, self.longest, self.plain = new, max(counts), plain
         device = kept_N.device
-        self.causal = plain and self.longest >= FULL.get(dtype, FULL[torch.float32]) * new
+        full = FULL.get(dtype, FULL[torch.float32]) if device.type == "cpu" else GPU_FULL
+        self.causal = plain and self.longest >= full * new
         if self.causal:
             cells = len(counts) * new
             self.longest = new
             self.token_BL = torch.arange(cells, device=device).view(-1, new)
-            self.ragged = kept_N.shape[0] != cells
+            self.ragged, self.cells_N = kept_N.shape[0] != cells, kept_N
             if not self.ragged:
                 self.slots_BL = self.token_BL
                 self.real_BL = torch.ones_like(self.token_BL, dtype=torch.bool)
@@ -80,6 +84,9 @@ class Grid:
         self.real_BL = ramp_L < counts_B1
         self.ragged = kept_N.shape[0] != len(counts) * self.longest
         self.token_BL = kept_N[self.slots_BL]
+        row_N = kept_N // new
+        place_N = torch.arange(kept_N.shape[0], device=device) - starts_B1[row_N, 0]
+        self.cells_N = row_N * self.longest + place_N
 
     def blocks(
         self, rows: MaskRows, keys: int, dtype: torch.dtype
@@ -91,6 +98,12 @@ class Grid:
         Args:
             rows: the mask. keys: S.
         """
+        if self.token_BL.device.type != "cpu":
+            # Where the last query stands would be a question to the device.
+            for begin in range(0, self.longest, GPU_BLOCK):
+                end = min(begin + GPU_BLOCK, self.longest)
+                yield begin, end, keys, rows.select(self.token_BL[:, begin:end], keys)[:, None]
+            return
         last_L = (self.token_BL % self.new).amax(0).tolist()
         block = BLOCK.get(dtype, BLOCK[torch.float32])
         for begin in range(0, self.longest, block):
@@ -180,7 +193,7 @@ class GridAttention(TorchFunctionMode):
     def _flat(self, out_CHD: Tensor) -> Tensor:
         """Real cells as one sequence ``[1, heads, N, D]``."""
         if self.grid.ragged:
-            out_CHD = out_CHD.index_select(0, self.grid.real_BL.view(-1).nonzero()[:, 0])
+            out_CHD = out_CHD.index_select(0, self.grid.cells_N)
         if self.padding:
             out_CHD = torch.nn.functional.pad(out_CHD, (0, 0, 0, 0, 0, self.padding))
         return out_CHD.transpose(0, 1)[None]

@@ -23,6 +23,7 @@ from gateskip.execution.fused_mlp import own_mlp, run_mlp
 from gateskip.execution.grid import Grid, GridAttention
 from gateskip.execution.inputs import AttentionInputs, flat_positions, grid_of
 from gateskip.execution.rounding import repeated
+from gateskip.execution.selection import Selection, select
 from gateskip.execution.stack import takes_stack, token_stack
 from gateskip.execution.token import YES, token_layer
 from gateskip.execution.trained_attention import CausalAttention
@@ -184,9 +185,10 @@ def _attention_compacted(
     layer, attention = branch.key[0], branch.module
     assert gate is not None
     flat, flat_base = h.flatten(0, 1), base.flatten(0, 1)
-    kept = keep.flatten().nonzero()[:, 0]
+    chosen = select(keep, call)
+    kept, skip = chosen.kept, chosen.skipped
     if takes_kernels(attention, branch.family, call, flat):
-        return _attention_fused(branch, flat, inputs, keep, kept).view_as(h)
+        return _attention_fused(branch, flat, inputs, chosen).view_as(h)
     if kept.shape[0] == keep.numel():
         x, u = (t.view_as(h) for t in branch.inputs_at(flat, None))
         writer = CacheWriter(inputs.cache, call.batch, call.new) if copies else None
@@ -195,7 +197,6 @@ def _attention_compacted(
             call.kv[layer] = writer.written
         out = join(base, all_o, u, gate).flatten(0, 1)
         return _learnable(branch, out, all_o.flatten(0, 1), u.flatten(0, 1), kept).view_as(h)
-    skip = (~keep & call.everyone()).flatten().nonzero()[:, 0]
     rounded = torch.is_grad_enabled() and skip.shape[0] > 0
     x_skip = u_skip = None
     if not copies or branch.compensation is not None:
@@ -213,8 +214,10 @@ def _attention_compacted(
         k, v = project_kv(attention, x_skip, tables, branch.family)
         fill = k[:n], v[:n]
     out = flat_base.clone()
-    run = _attend_flat if _takes_flat(attention, call) else _attend_grid
-    writer, o, u = run(branch, flat, inputs, keep, kept, (skip, fill))
+    if _takes_flat(attention, call):
+        writer, o, u = _attend_flat(branch, flat, inputs, chosen, fill)
+    else:
+        writer, o, u = _attend_grid(branch, flat, inputs, keep, chosen, fill)
     if o is not None:
         out = _learnable(branch, join_at(out, flat_base, o, u, gate, kept), o, u, kept)
     if copies:
@@ -224,18 +227,18 @@ def _attention_compacted(
 
 
 def _attention_fused(
-    branch: Branch, flat: Tensor, inputs: AttentionInputs, keep: Tensor, kept: Tensor
+    branch: Branch, flat: Tensor, inputs: AttentionInputs, chosen: Selection
 ) -> Tensor:
     """The whole branch on the CPU kernels; returns the flat stream after it."""
     call, gate = branch.call, branch.gate
     assert gate is not None
-    counts = keep.sum(1)
-    call.computed[branch.key] = counts
-    index = None if call.valid_BT is None else call.valid_BT.flatten().nonzero()[:, 0]
+    kept = chosen.kept
+    chosen.note(call, branch.key)
+    index = call.valid_N
     u_valid = branch.inputs_at(flat, index)[1]
     whole = kept.shape[0] == flat.shape[0]
     u = u_valid if whole else branch.inputs_at(flat, kept, rounded=True)[1]
-    given = (u, kept, counts.tolist()) if kept.shape[0] else None
+    given = (u, kept, chosen.counts) if kept.shape[0] else None
     call.padding[branch.key] = u.shape[0] - kept.shape[0]
     o = attend(branch.module, branch.family, call, inputs, branch.key[0], (u_valid, index), given)
     if whole:
@@ -247,7 +250,7 @@ def _attention_fused(
         out = join_at(out, flat, o[:n], u[:n], gate, kept, branch.score_N)
     if branch.compensation is None:
         return out
-    skip = (~keep & call.everyone()).flatten().nonzero()[:, 0]
+    skip = chosen.skipped
     return _compensate(branch, out, skip, branch.inputs_at(flat, skip, rounded=True)[1])
 
 
@@ -257,30 +260,30 @@ def _takes_flat(attention: nn.Module, call: Call) -> bool:
 
 
 _Attended = tuple[CacheWriter, Tensor | None, Tensor]
-_Fill = tuple[Tensor, tuple[Tensor, Tensor]]
+_Fill = tuple[Tensor, Tensor]
 
 
 def _attend_flat(
-    branch: Branch, flat: Tensor, inputs: AttentionInputs, keep: Tensor, kept: Tensor, fill: _Fill
+    branch: Branch, flat: Tensor, inputs: AttentionInputs, chosen: Selection, fill: _Fill
 ) -> _Attended:
     """Kept tokens of all rows as one sequence; returns (writer, o [M, H], u [M, H])."""
+    kept = chosen.kept
     call, layer, n = branch.call, branch.key[0], kept.shape[0]
     rounded = torch.is_grad_enabled() and n > 0
     x, u = branch.inputs_at(flat, kept, rounded=rounded)
     padding = u.shape[0] - n
     writer = CacheWriter(
-        inputs.cache, call.batch, call.new, kept_N=kept, fill_N=fill[0], fill=fill[1],
+        inputs.cache, call.batch, call.new, kept_N=kept, fill_N=chosen.skipped, fill=fill,
         slots_N=torch.arange(n, device=kept.device) if padding else None,
     )  # fmt: skip
-    counts = keep.sum(1)
-    call.computed[branch.key] = counts
+    chosen.note(call, branch.key)
     if n == 0:
         writer.update(None, None, layer)
         return writer, None, flat[:0]
     call.padding[branch.key] = padding
     mask_rows = inputs.mask_rows(call, layer)
     assert mask_rows is not None
-    grid = Grid(kept, counts.tolist(), call.new, plain=mask_rows.plain, dtype=flat.dtype)
+    grid = Grid(kept, chosen.counts, call.new, plain=mask_rows.plain, dtype=flat.dtype)
     where = repeated(kept, u.shape[0])
     arguments = inputs.flat_queries(writer, where, call.batch)
     with GridAttention(grid, mask_rows, padding):
@@ -289,14 +292,19 @@ def _attend_flat(
 
 
 def _attend_grid(
-    branch: Branch, flat: Tensor, inputs: AttentionInputs, keep: Tensor, kept: Tensor, fill: _Fill
+    branch: Branch,
+    flat: Tensor,
+    inputs: AttentionInputs,
+    keep: Tensor,
+    chosen: Selection,
+    fill: _Fill,
 ) -> _Attended:
     """Kept tokens as a rectangle of rows, ragged ones padded; returns as :func:`_attend_flat`."""
-    call, layer = branch.call, branch.key[0]
+    call, layer, kept = branch.call, branch.key[0], chosen.kept
     position, rows, slots = grid_of(keep, kept)
     writer = CacheWriter(
         inputs.cache, call.batch, call.new,
-        kept_N=kept, slots_N=slots, fill_N=fill[0], fill=fill[1], rows_R=rows,
+        kept_N=kept, slots_N=slots, fill_N=chosen.skipped, fill=fill, rows_R=rows,
     )  # fmt: skip
     _count(call, branch.key, position, rows)
     if kept.shape[0] == 0:
@@ -361,16 +369,17 @@ def _mlp(branch: Branch, h: Tensor, base: Tensor, *, owned: bool) -> Tensor:
             return base
         return base + branch.compensation(branch.inputs(h)[1])
     flat, flat_base = h.flatten(0, 1), base.flatten(0, 1)
-    kept = keep.flatten().nonzero()[:, 0]
+    chosen = select(keep, call)
+    kept = chosen.kept
     if kept.shape[0] == keep.numel():
         x, u = branch.inputs_at(flat, None)
         o = _run_mlp(branch, x)
         out = join(flat_base, o, u, gate, branch.score_N)
         return _learnable(branch, out, o, u, kept).view_as(h)
-    call.computed[branch.key] = keep.sum(1)
+    chosen.note(call, branch.key)
     skip = u_skip = None
     if branch.compensation is not None:
-        skip = (~keep & call.everyone()).flatten().nonzero()[:, 0]
+        skip = chosen.skipped
         u_skip = branch.inputs_at(flat, skip, rounded=True)[1]
     if kept.shape[0]:
         x, u = branch.inputs_at(flat, kept, rounded=True)

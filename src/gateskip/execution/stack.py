@@ -10,78 +10,28 @@ of a buffer with room to grow. Where anything is not as expected, layers run one
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
 from gateskip.config import BRANCH_KINDS
 from gateskip.execution.inputs import CACHE_NAMES
-from gateskip.execution.token import additive, layer_plans, record, takes_tokens
+from gateskip.execution.memory import Memory, memory_of
+from gateskip.execution.plan import Plans, all_plans
+from gateskip.execution.token import additive, record, takes_tokens
 from gateskip.skipping.call import Call
 
 __all__ = ["takes_stack", "token_stack"]
 
-ROOM = 128  # keys that a cache can grow by before it is copied
 ROWS = 32  # with more, products of matrices are faster than these kernels
-ROOM_NAME = "_gateskip_room"
-
-
-def _once(named: Iterable[tuple[Any, Any]]) -> list[Any]:
-    return list(dict(named).values())
-
-
-class _Table:
-    """Arguments of all layers that stay the same from call to call.
-
-    Attributes:
-        template: int64 ``[L, 3, columns]``. sizes, inner: of every layer's branches.
-        thresholds: a call's, and their bits ``[L, 2]``.
-    """
-
-    def __init__(self, triples: list[Any]) -> None:
-        project, _, mlp = triples[0]
-        self.dtype, self.sizes, self.inner = project.dtype, project.sizes, mlp.inner
-        self.thresholds: tuple[Any, Any] = (None, None)
-        plans = [plan for triple in triples for plan in triple]
-        columns = max(len(plan.template) for plan in plans)
-        self.template = np.zeros((len(triples), 3, columns), dtype=np.int64)
-        for cells, plan in zip(self.template.reshape(-1, columns), plans, strict=True):
-            cells[: len(plan.template)] = plan.template
-        # Checked for every token, so each thing once, and in plain loops.
-        self.gates = _once((id(p.gate), (p.gate, p.generation)) for p in plans)
-        self.hooks = _once((id(hooks), hooks) for p in plans for hooks in p.hooks)
-        self.members = _once(((id(m[0]), m[1]), m) for p in plans for m in p.members)
-        self.tensors = _once((id(pair[0]), pair) for p in plans for pair in p.tensors)
-        self.versions = _once((id(pair[0]), pair) for p in plans for pair in p.versions)
-
-    def holds(self) -> bool:
-        """Whether every address is still right and nobody listens."""
-        for gate, generation in self.gates:
-            if gate.generation != generation:
-                return False
-        for hooks in self.hooks:
-            if hooks:
-                return False
-        for place, name, what in self.members:
-            if place.get(name) is not what:
-                return False
-        for t, address in self.tensors:
-            if t.data_ptr() != address:
-                return False
-        for t, version in self.versions:
-            if t._version != version:
-                return False
-        return True
 
 
 def takes_stack(call: Call) -> bool:
     """Whether the call is one new token for each of a few rows."""
     few = call.new == 1 and call.batch <= ROWS and call.valid_BT is None
-    return few and call.device.type == "cpu" and not call.masked
+    return few and call.device.type in ("cpu", "cuda") and not call.masked
 
 
 def token_stack(layers: list[nn.Module], call: Call, h_B1H: Tensor, kwargs: Any) -> Tensor | None:
@@ -91,143 +41,22 @@ def token_stack(layers: list[nn.Module], call: Call, h_B1H: Tensor, kwargs: Any)
         return None
     if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
         return None
-    table = _table(layers, call)
+    table = all_plans(layers, call.state.family)
     if table is None or table.dtype != h_B1H.dtype:
         return None
     _, kv_heads, width = table.sizes
     shape = (call.batch, kv_heads, width)
-    memory: _Memory | None = _Growing.of(cache, len(layers), shape, h_B1H.dtype)
-    memory = memory or _Fixed.of(cache, len(layers), shape, h_B1H.dtype)
+    memory = memory_of(cache, len(layers), shape, h_B1H.dtype)
     if memory is None:
         return None
+    if table.backend == "triton":
+        from gateskip.execution.gpu_stack import run_on_gpu
+
+        return run_on_gpu(table, call, h_B1H, kwargs, memory)
     return _run(table, call, h_B1H, kwargs, memory)
 
 
-def _table(layers: list[nn.Module], call: Call) -> _Table | None:
-    """The layers' plans as one table, made again when any of them no longer holds."""
-    owner = vars(layers[0])
-    known: _Table | None = owner.get("_gateskip_stack")
-    if known is not None and len(known.template) == len(layers) and known.holds():
-        return known
-    owner.pop("_gateskip_stack", None)
-    plans = []
-    for layer in layers:
-        found = layer_plans(layer, call.state.family)
-        if found is None:
-            return None
-        plans.append(found)
-    table = _Table(plans)
-    if any(p[0].sizes != table.sizes or p[2].inner != table.inner for p in plans):
-        return None
-    owner["_gateskip_stack"] = table
-    return table
-
-
-class _Memory:
-    """Where a cache keeps its keys and values.
-
-    Attributes:
-        addresses: int64 ``[L, 2]`` of the first key and value. strides: elements from a row, a head
-            and a position to the next. length: tokens cached.
-    """
-
-    addresses: Any
-    strides: tuple[int, ...]
-    length: int
-
-    def advance(self) -> None:
-        """Tell the cache that it holds one token more."""
-        raise NotImplementedError
-
-
-class _Growing(_Memory):
-    """A ``DynamicCache`` as views of a buffer ``[L, 2, B, K, C, D]``, one free place at least."""
-
-    def __init__(self, held: list[Any], room: Tensor) -> None:
-        self.held, self.room, self.length = held, room, held[0].keys.shape[2]
-        size, first = room.element_size(), room.data_ptr()
-        ramp = np.arange(len(held), dtype=np.int64)[:, None] * (room.stride(0) * size)
-        self.addresses = first + ramp + np.array([0, room.stride(1) * size], dtype=np.int64)
-        self.strides = room.stride()[2:5]
-
-    @classmethod
-    def of(
-        cls, cache: Any, layers: int, shape: tuple[int, int, int], dtype: torch.dtype
-    ) -> _Growing | None:
-        """Views of an old buffer, or of a new one with the cache's contents."""
-        held = cache.layers
-        if type(cache) is not DynamicCache or not _uniform(held, layers, DynamicLayer):
-            return None
-        batch, heads, width = shape
-        length = held[0].keys.shape[2]
-        full = (batch, heads, length, width)
-        if length == 0 or any(
-            part.keys.shape != full or part.values.shape != full or part.keys.dtype != dtype
-            for part in held
-        ):
-            return None
-        room: Tensor | None = vars(cache).get(ROOM_NAME)
-        if room is not None and room.shape[4] > length and room.shape[2] == batch:
-            memory = cls(held, room)
-            if all(
-                part.keys.data_ptr() == k and part.values.data_ptr() == v
-                for part, (k, v) in zip(held, memory.addresses.tolist(), strict=True)
-            ):
-                return memory
-        more = ROOM + length // 8
-        room = torch.empty(layers, 2, batch, heads, length + more, width, dtype=dtype)
-        for i, part in enumerate(held):
-            room[i, 0, :, :, :length] = part.keys
-            room[i, 1, :, :, :length] = part.values
-            part.keys, part.values = room[i, :, :, :, :length].unbind()
-        vars(cache)[ROOM_NAME] = room
-        return cls(held, room)
-
-    def advance(self) -> None:
-        seen = self.room[:, :, :, :, : self.length + 1].unbind()
-        for part, both in zip(self.held, seen, strict=True):
-            part.keys, part.values = both.unbind()
-
-
-class _Fixed(_Memory):
-    """A ``StaticCache``, in its own memory."""
-
-    def __init__(self, held: list[Any], length: int) -> None:
-        self.held, self.length = held, length
-        self.strides = tuple(held[0].keys.stride()[:3])
-        pairs = [(part.keys.data_ptr(), part.values.data_ptr()) for part in held]
-        self.addresses = np.array(pairs, dtype=np.int64)
-
-    @classmethod
-    def of(
-        cls, cache: Any, layers: int, shape: tuple[int, int, int], dtype: torch.dtype
-    ) -> _Fixed | None:
-        """The cache's tensors, where all are alike and one place is free."""
-        held = cache.layers
-        if type(cache) is not StaticCache or not _uniform(held, layers, StaticLayer):
-            return None
-        batch, heads, width = shape
-        full = (batch, heads, held[0].max_cache_len, width)
-        if any(
-            part.keys.shape != full or part.values.shape != full or part.keys.dtype != dtype
-            or not part.keys.is_contiguous() or not part.values.is_contiguous()
-            for part in held
-        ):  # fmt: skip
-            return None
-        length = int(held[0].cumulative_length)
-        return cls(held, length) if length < held[0].max_cache_len else None
-
-    def advance(self) -> None:
-        for part in self.held:
-            part.cumulative_length.add_(1)
-
-
-def _uniform(held: list[Any], layers: int, kind: Any) -> bool:
-    """Whether every layer's cache is of one kind and in use."""
-    return len(held) == layers and all(type(p) is kind and p.is_initialized for p in held)
-
-
-def _thresholds(table: _Table, call: Call) -> Any:
+def _thresholds(table: Plans, call: Call) -> Any:
     """Bits of the float64 thresholds ``[L, 2, B or 1]`` (attention, MLP)."""
     layers = len(table.template)
     if call.thresholds is None:
@@ -247,7 +76,7 @@ def _thresholds(table: _Table, call: Call) -> Any:
     return bits
 
 
-def _run(table: _Table, call: Call, h_B1H: Tensor, kwargs: Any, memory: _Memory) -> Tensor:
+def _run(table: Plans, call: Call, h_B1H: Tensor, kwargs: Any, memory: Memory) -> Tensor:
     from gateskip.kernels.pool import integers
     from gateskip.kernels.stack import CHUNK, STACK, WORDS
 

@@ -44,7 +44,7 @@ class ScoreMoments:
         if compensation is not None:
             o_NH = o_NH - compensation(u_NH)
         if key not in self.moments:
-            self.moments[key] = Moments(u.shape[-1], 1)
+            self.moments[key] = Moments(u.shape[-1], 1, u.device)
         self.moments[key].add(u_NH, log_ratio(h_NH, o_NH)[:, None])
 
 
@@ -84,7 +84,7 @@ class CompensationMoments:
         at = flat_valid(call, ~keep)
         u_NH, o_NH = (t.flatten(0, 1).index_select(0, at) for t in (u, self.dense[key]))
         if key not in self.moments:
-            self.moments[key] = Moments(u.shape[-1], u.shape[-1])
+            self.moments[key] = Moments(u.shape[-1], u.shape[-1], u.device)
         self.moments[key].add(u_NH, o_NH)
 
 

@@ -14,19 +14,26 @@ from torch import Tensor
 
 __all__ = ["Moments"]
 
+LARGE = 1024  # from here on a decomposition is cut short
+
 
 class Moments:
     """Second moments of features and targets, added up batch by batch.
 
     Args:
         features: F. targets: Y.
+        device: where tokens come from. Sums stay there while a fifth of its memory is left, else on
+            the CPU; solutions are computed there and returned on the CPU.
     """
 
-    def __init__(self, features: int, targets: int) -> None:
+    def __init__(self, features: int, targets: int, device: torch.device | str = "cpu") -> None:
         self.count = 0.0
-        self.xx = torch.zeros(features + 1, features + 1, dtype=torch.float64)
-        self.xy = torch.zeros(features + 1, targets, dtype=torch.float64)
-        self.yy = torch.zeros(targets, dtype=torch.float64)
+        self.device = torch.device(device)
+        place = _place(self.device, 8 * (features + 1) * (features + 1 + targets))
+        like = {"dtype": torch.float64, "device": place}
+        self.xx = torch.zeros(features + 1, features + 1, **like)  # type: ignore[call-overload]
+        self.xy = torch.zeros(features + 1, targets, **like)  # type: ignore[call-overload]
+        self.yy = torch.zeros(targets, **like)  # type: ignore[call-overload]
 
     def add(self, x_NF: Tensor, y_NY: Tensor) -> None:
         """Add tokens; any float dtype."""
@@ -40,9 +47,10 @@ class Moments:
         self.yy += y.square().sum(0).double().to(self.yy.device)
 
     def _centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mean_x, mean_y = self.xx[:-1, -1] / self.count, self.xy[-1] / self.count
-        gram = self.xx[:-1, :-1] - self.count * torch.outer(mean_x, mean_x)
-        cross = self.xy[:-1] - self.count * torch.outer(mean_x, mean_y)
+        xx, xy = self.xx.to(self.device), self.xy.to(self.device)
+        mean_x, mean_y = xx[:-1, -1] / self.count, xy[-1] / self.count
+        gram = xx[:-1, :-1] - self.count * torch.outer(mean_x, mean_x)
+        cross = xy[:-1] - self.count * torch.outer(mean_x, mean_y)
         return gram, cross, mean_x, mean_y
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
@@ -53,32 +61,64 @@ class Moments:
         """
         gram, cross, mean_x, mean_y = self._centred()
         penalty = ridge * gram.diagonal().mean().clamp(min=1e-12)
-        eye = torch.eye(gram.shape[0], dtype=gram.dtype)
-        m = torch.linalg.solve(gram + penalty * eye, cross)
-        return m, mean_y - mean_x @ m
+        m = torch.linalg.solve(gram + penalty * torch.eye(gram.shape[0]).to(gram), cross)
+        return m.cpu(), (mean_y - mean_x @ m).cpu()
 
     def solve_low_rank(self, ridge: float, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """(down [R, F], up [Y, R], intercept [Y]) of the best rank-R map, float64."""
         gram, cross, mean_x, mean_y = self._centred()
         penalty = ridge * gram.diagonal().mean().clamp(min=1e-12)
-        values, vectors = torch.linalg.eigh(gram)
-        values = values.clamp(min=0.0) + penalty
-        # White features Z = X·V·Λ^{-1/2}: the best rank-R map of Z is the SVD of ZᵀY.
-        whiten = vectors / values.sqrt()
-        left, singular, right = torch.linalg.svd(whiten.T @ cross, full_matrices=False)
-        rank = min(rank, singular.shape[0])
-        root = singular[:rank].sqrt()
-        down = (whiten @ (left[:, :rank] * root)).T
-        up = right[:rank].T * root
-        return down, up, mean_y - up @ (down @ mean_x)
+        # White features Z = X·W with WᵀGW = 1: the best rank-R map of Z is the SVD of ZᵀY.
+        whiten = _whitening(gram, penalty)
+        left, singular, right = _leading(whiten.T @ cross, rank)
+        root = singular.sqrt()
+        down = (whiten @ (left * root)).T
+        up = right.T * root
+        return down.cpu(), up.cpu(), (mean_y - up @ (down @ mean_x)).cpu()
 
     def mean_target(self) -> Tensor:
         """Mean of the targets, ``[Y]``."""
-        return self.xy[-1] / self.count
+        return (self.xy[-1] / self.count).cpu()
 
     def r2(self, m_FY: Tensor, intercept_Y: Tensor) -> float:
         """Share of the targets' variance that the map explains, on the tokens added."""
-        full = torch.cat([m_FY, intercept_Y[None]])
+        full = torch.cat([m_FY, intercept_Y[None]]).to(self.xx.device)
         error = self.yy - 2 * (full * self.xy).sum(0) + (full * (self.xx @ full)).sum(0)
-        total = self.yy - self.count * self.mean_target().square()
+        total = self.yy - self.count * self.mean_target().to(self.yy.device).square()
         return float(1.0 - error.sum() / total.sum().clamp(min=1e-30))
+
+
+def _place(device: torch.device, size: int) -> torch.device:
+    if device.type != "cuda":
+        return torch.device("cpu")
+    free, total = torch.cuda.mem_get_info(device)
+    return device if free - size > total // 5 else torch.device("cpu")
+
+
+def _whitening(gram: Tensor, penalty: Tensor) -> Tensor:
+    """W with Wᵀ(G + penalty)W = 1, float64 ``[F, F]``."""
+    eye = torch.eye(gram.shape[0]).to(gram)
+    lower, failed = torch.linalg.cholesky_ex(gram + penalty * eye)
+    if not bool(failed):
+        return torch.linalg.solve_triangular(lower.T, eye, upper=True)
+    # Float32 products left an eigenvalue below 0 by more than the penalty.
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors / (values.clamp(min=0.0) + penalty).sqrt()
+
+
+def _leading(a: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first ``rank`` (or all) singular triples (U, S, Vᵀ) of a matrix.
+
+    Of a large matrix by subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) from a
+    fixed start: a full decomposition takes minutes a branch.
+    """
+    rank = min(rank, *a.shape)
+    if min(a.shape) <= LARGE:
+        left, singular, right = torch.linalg.svd(a, full_matrices=False)
+        return left[:, :rank], singular[:rank], right[:rank]
+    start = torch.randn(a.shape[1], 2 * rank + 16, generator=torch.Generator().manual_seed(0))
+    basis = torch.linalg.qr(a @ start.to(a)).Q
+    for _ in range(8):
+        basis = torch.linalg.qr(a @ torch.linalg.qr(a.T @ basis).Q).Q
+    left, singular, right = torch.linalg.svd(basis.T @ a, full_matrices=False)
+    return (basis @ left)[:, :rank], singular[:rank], right[:rank]

@@ -1,8 +1,10 @@
-"""Fused CPU kernels (optional: ``pip install gateskip[cpu]``).
+"""Fused kernels: numba on CPUs (optional: ``pip install gateskip[cpu]``), Triton on GPUs.
 
 What surrounds the matrix products costs more than they do on a CPU with fast bfloat16 products:
-conversions, norms, element-wise passes. These kernels do each of them in one pass, on torch's own
-threads. Without numba everything runs on torch operations: same results, less speed.
+conversions, norms, element-wise passes. The CPU kernels do each of them in one pass, on torch's own
+threads. On a GPU a host that waits for decisions costs more than the branches: the Triton kernels
+decide, skip and compute there. Without them everything runs on torch operations: same results, less
+speed.
 
 Knows of pointers and sizes only, nothing of models, gates or decisions.
 """
@@ -13,6 +15,8 @@ import contextlib
 import contextvars
 import functools
 import importlib.util
+import os
+import struct
 import warnings
 from collections.abc import Iterator
 
@@ -21,9 +25,9 @@ from torch import Tensor
 
 from gateskip.errors import ConfigError
 
-__all__ = ["available", "backend", "supported", "using"]
+__all__ = ["available", "backend", "readable", "real", "supported", "using"]
 
-BACKENDS = ("numba", "torch")
+BACKENDS = ("numba", "triton", "torch")
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("gateskip_kernels")
 
@@ -45,25 +49,40 @@ def available() -> bool:
     return True
 
 
-def backend() -> str:
-    """``"numba"`` or ``"torch"``: what this thread uses on a CPU."""
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton's kernels can be used on a GPU."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels on a CPU, slowly, as its tests do."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def backend(device: str = "cpu") -> str:
+    """``"numba"``, ``"triton"`` or ``"torch"``: what this thread uses on a kind of device."""
     forced = _forced.get(None)
     if forced is not None:
         return forced
-    return "numba" if available() else "torch"
+    if device == "cuda":
+        return "triton" if has_triton() else "torch"
+    return "numba" if device == "cpu" and available() else "torch"
 
 
 @contextlib.contextmanager
 def using(name: str) -> Iterator[None]:
-    """Use ``"numba"`` or ``"torch"`` for this thread and context.
+    """Use ``"numba"`` (CPU), ``"triton"`` (GPU) or ``"torch"`` for this thread and context.
 
     Raises:
-        ConfigError: an unknown name, or ``"numba"`` where it is not installed.
+        ConfigError: an unknown name, or a library that is not installed.
     """
     if name not in BACKENDS:
         raise ConfigError(f"kernels={name!r} must be one of {', '.join(BACKENDS)}.")
     if name == "numba" and not available():
         raise ConfigError("kernels='numba' needs numba: pip install gateskip[cpu].")
+    if name == "triton" and not has_triton():
+        raise ConfigError("kernels='triton' needs triton: pip install triton.")
     token = _forced.set(name)
     try:
         yield
@@ -72,14 +91,29 @@ def using(name: str) -> Iterator[None]:
 
 
 def supported(t: Tensor) -> bool:
-    """Whether kernels may read ``t``: a plain, contiguous CPU tensor, no graph and no autocast."""
+    """Whether the CPU kernels may read ``t``: plain, contiguous, no graph and no autocast."""
+    return t.device.type == "cpu" and _plain(t) and backend() == "numba"
+
+
+def readable(t: Tensor) -> bool:
+    """Whether the kernels of its device may read ``t``."""
+    if t.device.type == "cuda":
+        return _plain(t) and backend("cuda") == "triton"
+    return supported(t) or (_plain(t) and interpreted() and backend() == "triton")
+
+
+def real(value: float) -> int:
+    """A float as the integer that the CPU kernels turn back."""
+    bits: int = struct.unpack("q", struct.pack("d", value))[0]
+    return bits
+
+
+def _plain(t: Tensor) -> bool:
     return (
-        t.device.type == "cpu"
-        and t.dtype in (torch.bfloat16, torch.float32)
+        t.dtype in (torch.bfloat16, torch.float32)
         and not torch.is_grad_enabled()
         and type(t) is Tensor
         and t.is_contiguous()
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and backend() == "numba"
+        and not torch.is_autocast_enabled(t.device.type)
     )

@@ -11,6 +11,7 @@ import numpy as np
 from numba import cfunc, njit
 from torch import Tensor
 
+from gateskip.kernels import real
 from gateskip.kernels.numeric import (
     ARGUMENTS,
     FAST,
@@ -25,7 +26,6 @@ from gateskip.kernels.numeric import (
     team,
 )
 from gateskip.kernels.pool import Kernel, integers
-from gateskip.kernels.rows import real
 
 __all__ = ["softmax_slope_"]
 

@@ -5,7 +5,6 @@ Shapes: N rows of a flat stream, M selected rows, H hidden, G gate channels.
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from numba import cfunc, njit
 from torch import Tensor
 
+from gateskip.kernels import real
 from gateskip.kernels.numeric import (
     ARGUMENTS,
     FAST,
@@ -30,15 +30,10 @@ from gateskip.kernels.numeric import (
 from gateskip.kernels.pool import Kernel, integers
 from gateskip.kernels.products import matvec as matvec_rows
 
-__all__ = ["add_rows_", "join_rows", "matvec", "norm_rows", "real", "score_rows", "swiglu_"]
+__all__ = ["add_rows_", "join_rows", "matvec", "norm_rows", "score_rows", "swiglu_"]
 
 _jit: Any = njit(fastmath=FAST, error_model="numpy", cache=True)
 _kernel: Any = cfunc(ARGUMENTS, cache=True)
-
-
-def real(value: float) -> int:
-    """A float as the integer that ``double_of`` turns back."""
-    return struct.unpack("q", struct.pack("d", value))[0]
 
 
 @_jit

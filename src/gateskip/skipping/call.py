@@ -76,6 +76,7 @@ class Call:
         self.masks: dict[Any, Any] = {}
         self.layers: list[nn.Module] = []
         self.stacked = False
+        self._valid_N: Tensor | None = None
         self.mask_2d = _two_dimensional(attention_mask, batch, past + new, over.generating)
         self.valid_BT, self.protected_BT = self._tokens(position_ids)
         one = batch == 1 and new == 1 and self.valid_BT is None
@@ -91,6 +92,15 @@ class Call:
     def decides(self) -> bool:
         """False when everything is kept and the dense modules run as they are."""
         return self.thresholds is not None or self.forced is not None
+
+    @property
+    def valid_N(self) -> Tensor | None:
+        """Flat indices of the real tokens, int64; None when all are."""
+        if self.valid_BT is None:
+            return None
+        if self._valid_N is None:
+            self._valid_N = self.valid_BT.flatten().nonzero()[:, 0]
+        return self._valid_N
 
     def everyone(self) -> Tensor:
         """The keep mask of a branch that skips nobody."""
