@@ -16,7 +16,7 @@ from gateskip.execution import layer as layer_module
 from gateskip.execution import memory, stack
 from gateskip.execution.api import dense
 from gateskip.skipping.state import override, state_of
-from models import gated, medians, random_ids, with_table
+from models import gated, medians, random_ids, tiny, with_table
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="numba is not installed")
 
@@ -216,3 +216,28 @@ def test_a_full_static_cache_says_so(stacked: list[bool]) -> None:
         with pytest.raises((IndexError, RuntimeError)):
             model(ids[:, :1], cache=cache)
     assert stacked[-1] is False
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@torch.no_grad()
+def test_weights_of_8_bits(family: str, stacked: list[bool]) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = tiny(family)
+    quantization.quantize_(model.model.layers, quantization.Int8WeightOnlyConfig())
+    config = gateskip.GateConfig(init_std=0.3, init_bias=1.0, rank=4, compensation="low_rank")
+    gateskip.attach(model, config)
+    for batch in (1, 3):
+        ids, found = random_ids(batch, 14), []
+        for backend in ("torch", "numba"):
+            stacked.clear()
+            with kernels.using(backend), override(state_of(model), thresholds=medians(model)):
+                found.append(fed(model, ids, DynamicCache(config=model.config)))
+            assert all(stacked) == (backend == "numba")
+        torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+    # Asymmetric or mixed weights are left to the modules.
+    model.model.layers[0].mlp.up_proj.weight.zero_point.fill_(1)
+    vars(model.model.layers[0]).pop("_gateskip_plans")
+    vars(model.model.layers[0]).pop("_gateskip_stack")
+    stacked.clear()
+    fed(model, random_ids(1, 8), DynamicCache(config=model.config))
+    assert not any(stacked)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 import gateskip
@@ -15,7 +16,7 @@ from gateskip.config import BRANCH_KINDS
 from gateskip.gates import GATES
 from gateskip.gates.low_rank import LowRankGate
 from gateskip.retrofit.attach import find_family, gated_branches, layers_of
-from gateskip.skipping.state import override, state_of
+from gateskip.skipping.state import override, replay, state_of
 from models import FAMILIES, LAYERS, gated, medians, random_ids, tiny, with_table
 
 
@@ -60,11 +61,6 @@ def test_unsupported_architecture_lists_the_supported() -> None:
 
 
 def test_layers_that_would_run_dense_are_refused() -> None:
-    from accelerate import cpu_offload
-
-    model = cpu_offload(tiny(), execution_device=torch.device("cpu"))
-    with pytest.raises(gateskip.UnsupportedError, match="no weights here"):
-        gateskip.attach(model)
     model = tiny()
     layer = model.model.layers[2]
     layer.forward = layer.forward
@@ -72,7 +68,61 @@ def test_layers_that_would_run_dense_are_refused() -> None:
         gateskip.attach(model)
     with pytest.raises(gateskip.UnsupportedError, match="meta"):
         gateskip.attach(tiny().to("meta"))
+    model = cpu_offload(tiny(), execution_device=torch.device("cpu"))
+    layer = model.model.layers[1]
+    vars(layer)["_old_forward"] = lambda *args, **kwargs: None  # patched before it was offloaded
+    vars(layer)["_hf_hook"] = vars(model.model.norm)["_hf_hook"]
+    with pytest.raises(gateskip.UnsupportedError, match="layer 1"):
+        gateskip.attach(model)
     assert not [n for n, _ in model.named_modules() if "skip_gate" in n]
+
+
+def dispatched(family: str, how: str, folder: Path) -> Any:
+    """A tiny model whose weights are elsewhere until they are wanted."""
+    model = tiny(family)
+    if how == "cpu":
+        return cpu_offload(model, execution_device=torch.device("cpu"))
+    spec = find_family(model.config)
+    layers = f"{spec.decoder}.{spec.layers}"
+    names = [f"{layers}.{i}" for i in range(LAYERS)]
+    places: dict[str, Any] = {name: "disk" if i % 2 else "cpu" for i, name in enumerate(names)}
+    rest = [n for n, _ in model.named_children()] + [
+        f"{spec.decoder}.{n}" for n, _ in model.get_submodule(spec.decoder).named_children()
+    ]  # fmt: skip
+    places |= {n: "cpu" for n in rest if n not in (spec.decoder, layers)}
+    return dispatch_model(
+        model, places, main_device="cpu", offload_dir=str(folder), force_hooks=True
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt2", "olmo2"])
+@pytest.mark.parametrize("how", ["cpu", "disk"])
+@torch.no_grad()
+def test_offloaded_weights(family: str, how: str, tmp_path: Path) -> None:
+    plain, model = tiny(family), dispatched(family, how, tmp_path)
+    if how == "cpu":
+        assert all(p.is_meta for p in layers_of(model, find_family(model.config))[0].parameters())
+    ids = random_ids(2, 30)
+    dense = model(ids).logits
+    texts = [random_ids(1, 60, seed=s)[0] for s in range(40)]
+    for one in (plain, model):
+        gateskip.attach(one, gateskip.GateConfig(compensation="low_rank", compensation_rank=4))
+        gateskip.fit(one, texts)
+        gateskip.calibrate(one, texts, grid=(0.8, 0.5))
+    with gateskip.budget(model, keep=0.6), gateskip.trace(model) as trace:
+        own = model(ids).logits
+        model.generation_config.eos_token_id = None
+        assert model.generate(ids[:1], max_new_tokens=6).shape == (1, 36)
+    assert 0.2 < trace.ledger.skip_rate < 0.6
+    # Costs, hence decisions, may differ: a fused projection cannot be sliced while it is away.
+    for key, module in gated_branches(plain, state_of(plain).family).items():
+        twin = gated_branches(model, state_of(model).family)[key]
+        for name in ("skip_gate", "skip_compensation"):
+            getattr(module, name).load_state_dict(getattr(twin, name).state_dict())
+    with replay(state_of(plain), [trace.calls[0].keep]):
+        torch.testing.assert_close(plain(ids).logits, own, atol=1e-4, rtol=1e-4)
+    gateskip.detach(model)
+    assert torch.equal(model(ids).logits, dense)
 
 
 def test_not_a_causal_model() -> None:

@@ -20,6 +20,7 @@ from gateskip.data import Batch, encode, take_tokens, to_batches
 from gateskip.errors import ConfigError
 from gateskip.execution.api import dense, trace
 from gateskip.fitting.passes import eval_mode
+from gateskip.retrofit.devices import device_of
 from gateskip.skipping.ledger import Ledger
 from gateskip.skipping.state import override, state_of
 
@@ -138,7 +139,7 @@ def _arm(
     """(mean loss, most likely ids per batch, scored tokens, (agreements, ledger))."""
     loss, tokens, agreed = 0.0, 0, 0
     found: list[Tensor] = []
-    device = next(model.parameters()).device
+    device = device_of(model)
     with contextlib.ExitStack() as stack:
         recorder = None
         if budget is not None:

@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from gateskip import kernels
 from gateskip.execution.grid import Grid
 from gateskip.execution.inputs import AttentionInputs
+from gateskip.retrofit.devices import comes_and_goes
 from gateskip.retrofit.families import FamilySpec
 from gateskip.skipping.call import Call
 
@@ -35,6 +36,7 @@ def takes_kernels(attention: nn.Module, family: FamilySpec, call: Call, flat: Te
         and config._attn_implementation == "sdpa"
         and kernels.supported(flat)
         and not attention.training
+        and not any(comes_and_goes(module) for module in attention.children())
         # Somebody who hooks or replaces the module's forward wants to see it called.
         and not attention._forward_hooks
         and not attention._forward_pre_hooks

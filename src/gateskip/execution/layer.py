@@ -48,6 +48,8 @@ def layer_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs:
         names = list(inspect.signature(base.forward).parameters)[2:]
         kwargs.update(zip(names, args, strict=False))
     index = vars(layer)["_gateskip_layer"][1]
+    if hidden_states.device != call.device:
+        call.move(hidden_states.device)
     h = None
     if index == 0 and takes_stack(call):
         h = token_stack(call.layers, call, hidden_states, kwargs)

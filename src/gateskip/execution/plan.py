@@ -62,6 +62,7 @@ class Plan:
             self.compensation = (down, up, self._parameter(comp, "bias"))
         self.weights: list[tuple[Tensor, Tensor | None]] = []
         self.norms: list[tuple[Tensor | None, float]] = []
+        self.quantised: bool | None = None  # not known yet
 
     def current_backend(self) -> str:
         """Whose kernels this thread uses where the gate is."""
@@ -84,16 +85,50 @@ class Plan:
             raise _UnfitError
         self.hooks += [module._forward_hooks, module._forward_pre_hooks]
 
-    def linear(self, parent: nn.Module, name: str) -> tuple[int, int]:
-        """(weight, bias or 0) addresses of a plain linear child, which :attr:`weights` gets."""
+    def linear(self, parent: nn.Module, name: str) -> tuple[int, int, int]:
+        """Addresses of a linear child's (weight, bias or 0, scales of 8-bit rows or 0).
+
+        :attr:`weights` gets weight and bias.
+        """
         child = parent._modules.get(name)
         if type(child) is not nn.Linear:
             raise _UnfitError
         self.members.append((parent._modules, name, child))
         self._quiet(child)
         bias = None if child.bias is None else self._parameter(child, "bias")
-        self.weights.append((self._parameter(child, "weight"), bias))
-        return self.weights[-1][0].data_ptr(), _address(bias)
+        weight, scale = self._weight(child)
+        self.weights.append((weight, bias))
+        return weight.data_ptr(), _address(bias), _address(scale)
+
+    def _weight(self, child: nn.Linear) -> tuple[Tensor, Tensor | None]:
+        """A weight as it lies in memory, and its rows' scales where it is of 8 bits (torchao)."""
+        held = child._parameters["weight"]
+        assert held is not None
+        quantised = type(held).__name__ == "Int8Tensor"
+        if self.quantised not in (None, quantised):
+            raise _UnfitError
+        self.quantised = quantised
+        if not quantised:
+            return self._parameter(child, "weight"), None
+        parts = vars(held)
+        data, scale, zero = (parts.get(name) for name in ("qdata", "scale", "zero_point"))
+        fits = (
+            self.backend == "numba" and kernels.readable(self.norm.detach())
+            and parts.get("act_quant_kwargs") is None and parts.get("act_pre_scale") is None
+            and isinstance(data, Tensor) and isinstance(scale, Tensor)
+            and data.dtype == torch.int8 and data.is_contiguous() and data.device.type == "cpu"
+            and scale.dtype == torch.float32 and scale.shape == (data.shape[0], 1)
+            and scale.is_contiguous() and (zero is None or not bool(zero.any()))
+        )  # fmt: skip
+        if not fits:
+            raise _UnfitError
+        assert data is not None
+        assert scale is not None
+        self.members.append((child._parameters, "weight", held))
+        for name, t in (("qdata", data), ("scale", scale)):
+            self.members.append((parts, name, t))
+            self.tensors.append((t, t.data_ptr()))
+        return data, scale
 
     def holds(self) -> bool:
         """Whether every address is still right and nobody listens."""
@@ -146,7 +181,7 @@ def _mlp_plan(layer: nn.Module, family: FamilySpec) -> Plan | None:
     norm = getattr(layer, family.mlp_norm)
     try:
         plan = Plan(norm, mlp, mlp.skip_gate, float(getattr(norm, family.norm_eps)))
-        (wg, bg), (wu, bu), (wd, bd) = (
+        (wg, bg, sg), (wu, bu, su), (wd, bd, sd) = (
             plan.linear(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")
         )
         if bg or bu or bd:
@@ -154,7 +189,7 @@ def _mlp_plan(layer: nn.Module, family: FamilySpec) -> Plan | None:
     except _UnfitError:
         return None
     inner = mlp.gate_proj.weight.shape[0]
-    plan.arguments([int(plan.alike), wg, wu, wd, inner, 0, 0, 0, 0])
+    plan.arguments([int(plan.alike), wg, wu, wd, inner, 0, sg, su, sd])
     plan.inner = inner
     return plan
 
@@ -184,20 +219,21 @@ def _attention_plans(layer: nn.Module, family: FamilySpec) -> tuple[Plan, Plan] 
             norm_eps = float(getattr(child, family.norm_eps))
             project.norms.append((weight, norm_eps))
         attend = Plan(norm, attention, gate, eps)
-        wo, bo = attend.linear(attention, "o_proj")
+        wo, bo, so = attend.linear(attention, "o_proj")
     except _UnfitError:
         return None
     width = attention.head_dim
     if width > project.hidden:  # the scratch of a head
         return None
     heads, kv = (getattr(attention, f"{n}_proj").weight.shape[0] // width for n in "qk")
-    flat = [address for pair in weights for address in pair]
-    project.arguments(
-        [*flat, heads, kv, width, 0, 0, *norms, kernels.real(norm_eps), 0, 0, 0, width, 0, 0, 0]
-    )
+    flat = [address for weight, bias, _ in weights for address in (weight, bias)]
+    scales = [scale for _, _, scale in weights]
+    project.arguments([
+        *flat, heads, kv, width, 0, 0, *norms, kernels.real(norm_eps), 0, 0, 0, width, *scales,
+    ])  # fmt: skip
     attend.arguments([
         int(attend.alike), 0, 0, 0, 0, heads, heads // kv, width, 0, 0, 0, 0,
-        kernels.real(attention.scaling), 0, 0, 0, wo, bo, 0,
+        kernels.real(attention.scaling), 0, 0, 0, wo, bo, so,
     ])  # fmt: skip
     project.sizes, attend.scaling = (heads, kv, width), float(attention.scaling)
     return project, attend
@@ -224,7 +260,8 @@ class Plans:
     """The plans of all layers of a decoder, projections, attention and MLP of each.
 
     Attributes:
-        triples: of every layer. dtype, sizes, inner: alike in all of them. backend: whose kernels.
+        triples: of every layer. dtype, sizes, inner, quantised: alike in all of them.
+        backend: whose kernels.
         template: the CPU kernels' arguments, int64 ``[L, 3, columns]``.
         thresholds: a call's, and what a backend made of them. extra: a backend's own.
     """
@@ -233,7 +270,7 @@ class Plans:
         self.triples = triples
         project, _, mlp = triples[0]
         self.dtype, self.sizes, self.inner = project.dtype, project.sizes, mlp.inner
-        self.backend = project.backend
+        self.backend, self.quantised = project.backend, bool(project.quantised)
         self.thresholds: tuple[Any, Any] = (None, None)
         self.extra: Any = None
         plans = [plan for triple in triples for plan in triple]
@@ -290,6 +327,8 @@ def all_plans(layers: list[nn.Module], family: FamilySpec) -> Plans | None:
         triples.append(found)
     plans = Plans(triples)
     if any(p[0].sizes != plans.sizes or p[2].inner != plans.inner for p in triples):
+        return None
+    if any(plan.quantised != plans.quantised for triple in triples for plan in triple):
         return None
     owner["_gateskip_stack"] = plans
     return plans

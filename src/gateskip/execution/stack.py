@@ -78,7 +78,7 @@ def _thresholds(table: Plans, call: Call) -> Any:
 
 def _run(table: Plans, call: Call, h_B1H: Tensor, kwargs: Any, memory: Memory) -> Tensor:
     from gateskip.kernels.pool import integers
-    from gateskip.kernels.stack import CHUNK, STACK, WORDS
+    from gateskip.kernels.stack import CHUNK, STACK, STACK_I8, WORDS
 
     layers, batch, hidden = len(table.template), call.batch, h_B1H.shape[-1]
     heads, _, width = table.sizes
@@ -112,7 +112,8 @@ def _run(table: Plans, call: Call, h_B1H: Tensor, kwargs: Any, memory: Memory) -
         "mask_stride": keys if mask is not None and mask.shape[0] > 1 else 0,
         **{name: part.data_ptr() for name, part in zip(sizes, parts, strict=True)},
     }  # fmt: skip
-    STACK(h_B1H.dtype, integers(*(given[word] for word in WORDS)), work=table.inner)
+    kernel = STACK_I8 if table.quantised else STACK
+    kernel(h_B1H.dtype, integers(*(given[word] for word in WORDS)), work=table.inner)
     memory.advance()
     kept = torch.from_numpy(flags)
     if batch == 1:

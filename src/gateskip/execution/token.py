@@ -53,7 +53,7 @@ def token_layer(
     if not takes_tokens(call, layer, h_11H) or (index, "attention") in call.keep:
         return None
     plans = layer_plans(layer, call.state.family)
-    if plans is None or plans[0].dtype != h_11H.dtype:
+    if plans is None or plans[0].dtype != h_11H.dtype or any(plan.quantised for plan in plans):
         return None
     project, attend, mlp = plans
     h = _attention(call, index, h_11H, kwargs, project, attend)

@@ -99,7 +99,7 @@ def readable(t: Tensor) -> bool:
     """Whether the kernels of its device may read ``t``."""
     if t.device.type == "cuda":
         return _plain(t) and backend("cuda") == "triton"
-    return supported(t) or (_plain(t) and interpreted() and backend() == "triton")
+    return supported(t) or (interpreted() and backend() == "triton" and _plain(t))
 
 
 def real(value: float) -> int:

@@ -19,6 +19,7 @@ from torch import nn
 from gateskip.config import BranchKey, GateConfig
 from gateskip.errors import AttachError, UnsupportedError
 from gateskip.gates import GATES, Gate
+from gateskip.retrofit.devices import device_of, is_patched, rebind
 from gateskip.retrofit.families import FAMILIES, FamilySpec
 
 __all__ = [
@@ -132,7 +133,7 @@ def install(
         for index, layer in enumerate(layers_of(model, family)):
             for kind in config.branches:
                 module = branch_module(layer, family, kind)
-                device = next(module.parameters()).device
+                device = device_of(module)
                 gate = gate_class.build(config, hidden, generator).to(device)
                 gate.train(module.training)
                 module.add_module(GATE_NAME, gate)
@@ -140,9 +141,11 @@ def install(
             classes.setdefault(base, _gated_class(base, wiring.layer_forward))
             vars(layer)["_gateskip_layer"] = (state, index)
             layer.__class__ = classes[base]
+            rebind(layer)
         head = head_of(model)
         if type(head) is nn.Linear:
             head.__class__ = _gated_class(nn.Linear, wiring.head_forward)  # type: ignore[assignment]
+            rebind(head)
         vars(decoder)[STATE_ATTRIBUTE] = state
         decoder.register_forward_pre_hook(wiring.decoder_hook, with_kwargs=True)
         vars(model)["generate"] = types.MethodType(wiring.generate, model)
@@ -155,15 +158,14 @@ def install(
 def _check_layers(model: nn.Module, family: FamilySpec) -> None:
     """Raise UnsupportedError where a layer's class would not be asked, or weights are elsewhere."""
     for index, layer in enumerate(layers_of(model, family)):
-        if "forward" in vars(layer):
+        if is_patched(layer):
             raise UnsupportedError(
-                f"layer {index} has a forward of its own (a device_map over several devices, "
-                "offloading, or a patch), so it would run dense; load the model on one device."
+                f"layer {index} has a forward of its own (a patch), so it would run dense; attach "
+                "gates before patching."
             )
-        if any(p.is_meta for p in layer.parameters()):
+        if device_of(layer).type == "meta":
             raise UnsupportedError(
-                f"layer {index} has no weights here (offloaded, or on the meta device); load the "
-                "model on one device that holds it."
+                f"layer {index} has no weights (it is on the meta device); load the model first."
             )
 
 
@@ -213,6 +215,7 @@ def suspend(model: nn.Module, family: FamilySpec, wiring: Wiring) -> dict[str, A
         base = type(module).__dict__.get("_gateskip_base")
         if base is not None:
             module.__class__ = base
+            rebind(module)
     hooks = decoder._forward_pre_hooks
     mine = [i for i, hook in hooks.items() if hook is wiring.decoder_hook]
     for hook_id in mine:
@@ -226,6 +229,7 @@ def resume(model: nn.Module, family: FamilySpec, wiring: Wiring, kept: dict[str,
     """Undo :func:`suspend`."""
     for module, cls in zip(_gated_modules(model, family), kept["classes"], strict=True):
         module.__class__ = cls
+        rebind(module)
     if kept["hooked"]:  # not within another suspension
         decoder_of(model, family).register_forward_pre_hook(wiring.decoder_hook, with_kwargs=True)
     if kept["generate"] is not None:

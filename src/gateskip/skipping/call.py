@@ -102,6 +102,18 @@ class Call:
             self._valid_N = self.valid_BT.flatten().nonzero()[:, 0]
         return self._valid_N
 
+    def move(self, device: torch.device) -> None:
+        """Follow the stream to the device of the next layers."""
+        self.device = device
+        for name in ("valid_BT", "protected_BT", "mask_2d", "_valid_N"):
+            t = getattr(self, name)
+            setattr(self, name, None if t is None else t.to(device))
+        if self.thresholds is not None:
+            moved = {k: t.to(device) if isinstance(t, Tensor) else t
+                     for k, t in self.thresholds.items()}  # fmt: skip
+            self.thresholds = moved
+        self.masks.clear()
+
     def everyone(self) -> Tensor:
         """The keep mask of a branch that skips nobody."""
         if self.valid_BT is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gateskip import kernels
+from gateskip.retrofit.devices import device_of
 
 __all__ = ["COMPENSATION_NAME", "Compensation"]
 
@@ -68,5 +69,5 @@ def set_compensation(module: nn.Module, compensation: Compensation | None) -> No
     if compensation is not None:
         like = next(p for n, p in module.named_parameters() if not n.startswith("skip_"))
         dtype = like.dtype if like.dtype.is_floating_point else torch.float32
-        module.add_module(COMPENSATION_NAME, compensation.to(device=like.device, dtype=dtype))
+        module.add_module(COMPENSATION_NAME, compensation.to(device_of(module), dtype))
         compensation.train(module.training)

@@ -48,9 +48,10 @@ class CallRecord:
         everyone = call.everyone()
         shape = call.state.shape
         costs = call.state.costs(alike=call.alike)
-        keep = {key: call.keep.get(key, everyone) for key in call.state.branches}
-        full = torch.full((call.batch,), call.new, device=call.device)
-        computed = {key: call.computed.get(key, full) for key in costs}
+        where = call.device  # of the last layers
+        keep = {key: call.keep.get(key, everyone).to(where) for key in call.state.branches}
+        full = torch.full((call.batch,), call.new, device=where)
+        computed = {key: call.computed.get(key, full).to(where) for key in costs}
         return cls(
             keep=keep,
             computed=computed,

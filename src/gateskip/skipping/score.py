@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gateskip import kernels
 from gateskip.config import BranchKey
 from gateskip.gates import Gate, no_autocast
+from gateskip.retrofit.devices import comes_and_goes
 from gateskip.retrofit.families import FamilySpec
 
 __all__ = ["Norm", "branch_score", "normed_at", "random_score", "scaled_vector", "single_score"]
@@ -59,6 +60,8 @@ class Norm:
     @property
     def scales(self) -> bool:
         """Whether it multiplies by a vector over the rms, so that a score is one dot product."""
+        if self.module is not None and comes_and_goes(self.module):
+            return False  # its weight may be read by itself only
         return self.kind != "layer"
 
     @property

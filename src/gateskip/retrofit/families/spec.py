@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gateskip.costs import ModelShape
+from gateskip.retrofit.devices import comes_and_goes
 
 __all__ = ["Experts", "FamilySpec", "sliceable"]
 
@@ -31,7 +32,8 @@ class Experts:
 
 def sliceable(projection: nn.Module) -> bool:
     """Whether some outputs of a projection can be computed alone: it is plain, and unhooked."""
-    hooked = projection._forward_hooks or projection._forward_pre_hooks
+    hooked = bool(projection._forward_hooks or projection._forward_pre_hooks)
+    hooked = hooked or comes_and_goes(projection)
     return type(projection) in (nn.Linear, Conv1D) and not hooked
 
 
