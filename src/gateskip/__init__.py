@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from gateskip.execution.api import attach, budget, detach, execution, set_budget, trace
     from gateskip.execution.checkpoint import load, save
+    from gateskip.execution.compiled import compile_masked
     from gateskip.fitting.closed_form import FitReport, fit
     from gateskip.training import GateSkipTrainer, GateSkipTrainingConfig
 
@@ -47,6 +48,7 @@ __all__ = [
     "attach",
     "budget",
     "calibrate",
+    "compile_masked",
     "detach",
     "execution",
     "fit",
@@ -64,6 +66,7 @@ _HOMES = {
         "attach", "budget", "detach", "execution", "set_budget", "trace",
     ),
     "gateskip.execution.checkpoint": ("load", "save"),
+    "gateskip.execution.compiled": ("compile_masked",),
     "gateskip.fitting.closed_form": ("FitReport", "fit"),
     "gateskip.training": ("GateSkipTrainer", "GateSkipTrainingConfig"),
 }  # fmt: skip

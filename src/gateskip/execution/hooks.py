@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -16,9 +17,11 @@ from gateskip.execution.layer import layer_forward
 from gateskip.gates import Gate
 from gateskip.retrofit.attach import Wiring
 from gateskip.skipping.call import Call
-from gateskip.skipping.state import GateSkipState, current, effective_budget, override, state_of
+from gateskip.skipping.state import Override, current, effective_budget, override, state_of
 
-__all__ = ["WIRING"]
+__all__ = ["THRESHOLDS", "WIRING"]
+
+THRESHOLDS = "gateskip_thresholds"  # what a compiled forward is given instead of a budget
 
 ATTENTION_BACKENDS = ("eager", "sdpa")
 
@@ -42,7 +45,8 @@ def decoder_hook(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook of the decoder: reads the 2-D mask while there is one, makes the call."""
-    state: GateSkipState = vars(decoder)["_gateskip"]
+    state: Any = decoder._gateskip
+    compiling = torch.compiler.is_compiling()
     if args:
         names = [n for n in inspect.signature(type(decoder).forward).parameters if n != "self"]
         kwargs = dict(zip(names, args, strict=False)) | kwargs
@@ -56,7 +60,17 @@ def decoder_hook(
     if tokens is None:
         tokens = kwargs["inputs_embeds"]
     cache = next((kwargs[n] for n in CACHE_NAMES if kwargs.get(n) is not None), None)
-    over = current(state)
+    if compiling:
+        over, thresholds = Override(execution="masked"), kwargs.pop(THRESHOLDS, None)
+        if thresholds is None or cache is not None:
+            raise UnsupportedError(
+                "torch.compile(model) would freeze the budget that it meets, and a cache's length; "
+                "use gateskip.compile_masked(model), without a cache."
+            )
+        rows = dict(zip(state.branches, thresholds.split(1), strict=True))
+        over = dataclasses.replace(over, thresholds=rows)
+    else:
+        over = current(state)
     call = Call(
         state,
         over,
@@ -67,7 +81,8 @@ def decoder_hook(
         position_ids=kwargs.get("position_ids"),
         device=tokens.device,
         # Only a ledger asks; under a graph gates compute every channel.
-        alike=over.recorder is not None
+        alike=not compiling
+        and over.recorder is not None
         and not torch.is_grad_enabled()
         and _channels_alike(decoder),
     )

@@ -47,7 +47,8 @@ def layer_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs:
         base = type(layer).__dict__["_gateskip_base"]
         names = list(inspect.signature(base.forward).parameters)[2:]
         kwargs.update(zip(names, args, strict=False))
-    index = vars(layer)["_gateskip_layer"][1]
+    place: Any = layer._gateskip_layer  # an attribute, since a graph cannot read vars()
+    index: int = place[1]
     if hidden_states.device != call.device:
         call.move(hidden_states.device)
     h = None
@@ -74,7 +75,9 @@ def _layer(
     if call.state.family.is_parallel(layer):
         return _parallel(attention, mlp, hidden_states, inputs)
     h = _attention(attention, hidden_states, hidden_states, inputs)
-    owned = not torch.is_grad_enabled() and h.data_ptr() != hidden_states.data_ptr()
+    # Masked execution owns nothing, and a graph cannot compare addresses.
+    owned = not (call.masked or torch.is_grad_enabled())
+    owned = owned and h.data_ptr() != hidden_states.data_ptr()
     return _mlp(mlp, h, h, owned=owned)
 
 

@@ -92,7 +92,7 @@ class Gate(nn.Module, ABC):
     def forward(self, u_NH: Tensor) -> Tensor:
         """Gate values g in (0, 1), float32 ``[..., G]``, or ``[..., 1]`` where all are equal."""
         with no_autocast(u_NH):
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return torch.sigmoid(self.logits(u_NH.float()))
             alike = self.one_logit()
             if alike is None:

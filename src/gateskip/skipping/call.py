@@ -163,6 +163,8 @@ class Call:
             columns = torch.arange(self.past, end, device=self.device)
             protected_BT = columns[None] == first_B1
             assert valid_BT is not None
+            if torch.compiler.is_compiling():  # a graph cannot ask
+                return valid_BT, protected_BT
             if bool(valid_BT.all()):
                 valid_BT = None
             return valid_BT, protected_BT if bool(protected_BT.any()) else None
@@ -171,6 +173,8 @@ class Call:
         if position_ids is not None and self.new > 1:
             reset = position_ids[:, 1:] != position_ids[:, :-1] + 1
             protected_BT[:, 1:] |= reset.to(self.device)
+        if torch.compiler.is_compiling():
+            return None, protected_BT
         return None, protected_BT if bool(protected_BT.any()) else None
 
 

@@ -108,10 +108,10 @@ def branch_score(
             u_BTH = norm(h_BTH)
         if importance == "mean_gate":
             return gate(u_BTH.detach()).mean(-1), None
-        w_H, b = gate.decision_weights() if torch.is_grad_enabled() else gate.decision_vector()
+        w_H, b = gate.decision_weights() if uncached() else gate.decision_vector()
         with no_autocast(u_BTH):
             return torch.matmul(u_BTH.detach().float(), w_H) + b, None
-    if torch.is_grad_enabled():
+    if uncached():
         w_H, b = gate.decision_weights()
         return _linear_score(h_BTH, norm.eps, norm.scaled(w_H), b), None
     vector_H, shift = scaled_vector(gate, norm)
@@ -122,6 +122,11 @@ def branch_score(
     flat = h_BTH.view(-1, h_BTH.shape[-1])
     score_N, inverse_N = score_rows(flat, vector_H, shift, norm.eps)
     return score_N.view(h_BTH.shape[:-1]), inverse_N if norm.fused else None
+
+
+def uncached() -> bool:
+    """Whether vectors are derived from weights anew: they have a gradient, or a graph asks."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 def scaled_vector(gate: Gate, norm: Norm) -> tuple[Tensor, float]:
