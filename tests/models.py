@@ -14,7 +14,7 @@ import gateskip
 from gateskip.config import BranchKey
 from gateskip.data import Batch
 from gateskip.fitting.closed_loop import keep_all, measure
-from gateskip.retrofit.attach import gated_branches
+from gateskip.retrofit.attach import gate_of, gated_branches
 from gateskip.skipping.compensation import Compensation, set_compensation
 from gateskip.skipping.policy import ThresholdTable
 from gateskip.skipping.state import state_of
@@ -84,16 +84,20 @@ def gated(
     compensation: str = "none",
     kv_source: str = "project",
     kind: str = "low_rank",
+    importance: str = "mean_logit",
     dtype: torch.dtype = torch.float32,
 ) -> Any:
     """A tiny model with random gates that disagree about tokens, and random compensation."""
     config = gateskip.GateConfig(
         kind=kind, init_std=0.3, init_bias=1.0, rank=4, compensation=compensation,  # type: ignore[arg-type]
-        kv_source=kv_source, compensation_rank=4,  # type: ignore[arg-type]
+        kv_source=kv_source, compensation_rank=4, importance=importance,  # type: ignore[arg-type]
     )  # fmt: skip
     model = gateskip.attach(tiny(family, attention, dtype), config)
     state = state_of(model)
     generator = torch.Generator().manual_seed(1)
+    if importance == "head":
+        for module in gated_branches(model, state.family).values():
+            gate_of(module).set_head(torch.randn(64, generator=generator) * 0.3, 0.2)
     if compensation != "none":
         for module in gated_branches(model, state.family).values():
             random = [torch.randn(s, generator=generator) * 0.3 for s in ((64,), (4, 64), (64, 4))]

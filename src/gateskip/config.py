@@ -20,7 +20,9 @@ SCHEMA_VERSION: Final = 1
 BRANCH_KINDS: Final = ("attention", "mlp")
 ALLOCATIONS: Final = ("global", "uniform")
 KV_SOURCES: Final = ("project", "previous")
-IMPORTANCES: Final = ("mean_logit", "mean_gate", "random")
+IMPORTANCES: Final = ("mean_logit", "mean_gate", "head", "random")
+#: Scores that are one dot product with the branch's input.
+LINEAR_IMPORTANCES: Final = ("mean_logit", "head")
 COMPENSATIONS: Final = ("none", "mean", "low_rank")
 
 BranchKey = tuple[int, str]
@@ -45,7 +47,8 @@ class GateConfig:
         rank: inner width of ``low_rank`` gates.
         branches: which branch kinds get gates.
         importance: what a token's score is made of: the gate's mean logit, the paper's mean
-            gate value, or nothing at all (``"random"``, the null that a policy has to beat).
+            gate value, a linear map of its own beside the gate (``"head"``), or nothing at all
+            (``"random"``, the null that a policy has to beat).
         kv_source: where a skipped token's keys and values come from.
         compensation: what a skipped branch adds instead of its output.
         compensation_rank: rank of ``low_rank`` compensation.
@@ -57,7 +60,7 @@ class GateConfig:
     kind: str = "low_rank"
     rank: int = 16
     branches: tuple[str, ...] = BRANCH_KINDS
-    importance: Literal["mean_logit", "mean_gate", "random"] = "mean_logit"
+    importance: Literal["mean_logit", "mean_gate", "head", "random"] = "mean_logit"
     kv_source: Literal["project", "previous"] = "project"
     compensation: Literal["none", "mean", "low_rank"] = "low_rank"
     compensation_rank: int = 32

@@ -214,3 +214,11 @@ def test_a_passed_cache_is_continued(model: Any) -> None:
         cache = out.past_key_values
     assert {cache.get_seq_length(layer) for layer in range(LAYERS)} == {18}
     assert int(whole.max()) < VOCAB
+
+
+def test_continuous_batching_is_refused_before_work() -> None:
+    model = gated()
+    with pytest.raises(gateskip.errors.UnsupportedError, match="padded batches"):
+        model.generate_batch([[1, 2, 3], [4, 5]])
+    gateskip.detach(model)
+    assert "init_continuous_batching" not in vars(model)

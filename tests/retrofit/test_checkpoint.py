@@ -33,7 +33,7 @@ def test_i9_a_fresh_process_gives_identical_logits(saved: Any, tmp_path: Path) -
     ids = random_ids(2, 12)
     torch.save(ids, tmp_path / "ids.pt")
     code = (
-        "import gateskip, torch; "
+        f"import gateskip, torch; torch.set_num_threads({torch.get_num_threads()}); "
         f"m = gateskip.load({str(gates)!r}, base={str(base)!r}); "
         f"ids = torch.load({str(tmp_path / 'ids.pt')!r}); "
         f"torch.save(torch.no_grad()(m)(ids).logits, {str(tmp_path / 'out.pt')!r})"

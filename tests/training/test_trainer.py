@@ -205,6 +205,22 @@ def test_the_teacher_is_the_model_before_training(tmp_path: Path, backbone: str)
     )
 
 
+@pytest.mark.parametrize("backbone", ["lora", "full"])
+def test_the_teacher_is_the_model_itself_at_full_compute(tmp_path: Path, backbone: str) -> None:
+    model = model_for_training()
+    options = {"backbone": backbone, "distill": 0.5, "teacher": "itself"}
+    run = trainer(model, tmp_path, options)
+    ids = random_ids(2, 12)
+    before = run._taught({"input_ids": ids})
+    run.train()
+    assert run._teacher is None
+    with torch.no_grad(), dense(model):
+        now = model.model(ids).last_hidden_state
+    found = run._taught({"input_ids": ids})
+    assert torch.equal(found, now)
+    assert not torch.allclose(found, before, atol=1e-3)
+
+
 def test_trained_policy_decides_alike_in_training_prefill_and_decoding(tmp_path: Path) -> None:
     from gateskip.execution.api import trace
     from models import through_cache

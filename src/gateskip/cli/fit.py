@@ -19,6 +19,13 @@ def fit(
     data: DataOption,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the gates.")],
     kind: Annotated[str, typer.Option(help="Gate kind: low_rank, vector or scalar.")] = "low_rank",
+    importance: Annotated[
+        str,
+        typer.Option(help="What ranks tokens: mean_logit, head (apart from the gate), mean_gate."),
+    ] = "mean_logit",
+    kv_source: Annotated[
+        str, typer.Option(help="Keys and values of skipped tokens: project or previous.")
+    ] = "project",
     rank: Annotated[int, typer.Option(help="Inner width of low_rank gates.")] = 16,
     compensation: Annotated[
         str, typer.Option(help="What a skipped branch adds: none, mean or low_rank.")
@@ -46,6 +53,8 @@ def fit(
         {
             "kind": kind,
             "rank": rank,
+            "importance": importance,
+            "kv_source": kv_source,
             "compensation": compensation,
             "compensation_rank": compensation_rank,
         }

@@ -45,11 +45,29 @@ def train(
     train_gates: Annotated[
         bool, typer.Option("--train-gates/--fixed-gates", help="Train gates, or keep the fit's.")
     ] = False,
+    decision_gradient: Annotated[
+        float, typer.Option(help="Temperature of straight-through decisions; 0: none.")
+    ] = 0.0,
+    cost_weight: Annotated[
+        float, typer.Option(help="Weight of the expected share of MACs spent.")
+    ] = 0.0,
+    train_compensation: Annotated[
+        bool,
+        typer.Option(
+            "--train-compensation/--fixed-compensation",
+            help="Train the compensation, or keep the fit's.",
+        ),
+    ] = True,
     penalty: Annotated[float, typer.Option(help="λ of the gates' penalty.")] = 0.0,
     distill: Annotated[float, typer.Option(help="Share of the loss that is distillation.")] = 0.0,
+    teacher: Annotated[
+        str,
+        typer.Option(help="Of distillation: the dense model before training, or itself at full."),
+    ] = "before",
     budget: Annotated[
         float, typer.Option(help="Lowest share of decoder MACs spent in training.")
     ] = 0.5,
+    budget_start: Annotated[float, typer.Option(help="Where the budget begins to fall.")] = 1.0,
     schedule: Annotated[
         str, typer.Option(help="sampled (one model for all budgets) or linear (the paper's).")
     ] = "sampled",
@@ -102,9 +120,14 @@ def train(
             "lora_alpha": 2 * lora_rank,
             "penalty": penalty,
             "train_gates": train_gates,
+            "decision_gradient": decision_gradient,
+            "cost_weight": cost_weight,
+            "train_compensation": train_compensation,
             "gate_learning_rate": gate_learning_rate,
             "compensation_learning_rate": compensation_learning_rate,
             "distill": distill,
+            "teacher": teacher,
+            "budget_start": budget_start,
             "budget_end": budget,
             "schedule": schedule,
             "calibrate_every": calibrate_every,
@@ -130,7 +153,7 @@ def train(
     if begun is not None:
         gated, tokenizer = load_gated(begun, model, chosen)
         there = state_of(gated).config
-        if arm != "control" and there.importance != importance:
+        if arm != "control" and (arm == "random") != (there.importance == "random"):
             raise ConfigError(f"arm={arm!r}, but {begun} has importance={there.importance!r}.")
         if kind is not None and there.kind != kind:
             raise ConfigError(f"kind={kind!r}, but {begun} has gates of kind {there.kind!r}.")

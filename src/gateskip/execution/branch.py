@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gateskip.config import LINEAR_IMPORTANCES
 from gateskip.execution.rounding import rounded_rows
 from gateskip.execution.token import NO, YES
 from gateskip.gates import Gate
@@ -96,7 +97,7 @@ class Branch:
         if self.key in call.keep:
             return call.keep[self.key]
         importance = call.state.config.importance
-        plain = call.forced is None and call.scores is None and importance == "mean_logit"
+        plain = call.forced is None and call.scores is None and importance in LINEAR_IMPORTANCES
         if call.single and plain and self.norm.scales:
             return self._decide_single(h_BTH)
         # A hard decision has no gradient; without a graph, recomputation can replay it as it is.

@@ -23,7 +23,7 @@ __all__ = ["THRESHOLDS", "WIRING"]
 
 THRESHOLDS = "gateskip_thresholds"  # what a compiled forward is given instead of a budget
 
-ATTENTION_BACKENDS = ("eager", "sdpa")
+ATTENTION_BACKENDS = ("eager", "sdpa", "flex_attention")
 
 
 def check_backend(config: Any) -> None:
@@ -105,7 +105,20 @@ def generate(model: nn.Module, *args: Any, gateskip_budget: Any = None, **kwargs
         return type(model).generate(model, *args, **kwargs)  # type: ignore[attr-defined]
 
 
+def no_continuous_batching(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Stands in the place of ``init_continuous_batching``, which ``generate_batch`` calls.
+
+    Raises:
+        UnsupportedError: always. Its worker thread would only log what fails in it.
+    """
+    raise UnsupportedError(
+        "continuous batching (generate_batch) keeps keys and values in pages, where those of "
+        "skipped queries cannot be read back; use model.generate with padded batches, or call "
+        "gateskip.detach(model) first."
+    )
+
+
 WIRING = Wiring(
-    layer_forward=layer_forward, decoder_hook=decoder_hook, generate=generate,
-    head_forward=head_forward,
+    layer_forward=layer_forward, decoder_hook=decoder_hook, head_forward=head_forward,
+    methods={"generate": generate, "init_continuous_batching": no_continuous_batching},
 )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gateskip.execution.mask_rows import MaskRows
+from gateskip.execution.mask_rows import MaskRows, blocked
 from gateskip.skipping.call import Call
 
 __all__ = ["AttentionInputs", "flat_positions", "grid_of"]
@@ -24,14 +24,15 @@ class AttentionInputs:
     """Keyword arguments of one attention call, taken apart.
 
     Attributes:
-        mask: what transformers made of the 2-D mask: None (plain causal) or ``[B, 1, T, S]``.
+        mask: what transformers made of the 2-D mask: None (plain causal), ``[B, 1, T, S]``, or for
+            flex attention a BlockMask.
         cos_sin: rotary tables ``[B or 1, T, D]`` each, or None. new: T. dtype: of the stream.
         position_ids: ``[B or 1, T]`` or None.
         cache_name: the name under which the family passes the cache. cache: the real one.
         rest: everything else, passed on.
     """
 
-    mask: Tensor | None
+    mask: Any
     cos_sin: tuple[Tensor, Tensor] | None
     new: int
     dtype: torch.dtype
@@ -61,7 +62,7 @@ class AttentionInputs:
         return self._with(self.mask, self.cos_sin, self.position_ids, cache)
 
     def _with(
-        self, mask: Tensor | None, cos_sin: Any, position_ids: Tensor | None, cache: Any
+        self, mask: Any, cos_sin: Any, position_ids: Tensor | None, cache: Any
     ) -> dict[str, Any]:
         tables = {} if cos_sin is None else {"position_embeddings": cos_sin}
         return {
@@ -97,7 +98,9 @@ class AttentionInputs:
         if ids is not None:
             ids = pick(ids[..., None])[..., 0]
         rows = self.mask_rows(call, layer_idx)
-        mask = None if rows is None else rows.select(flat_RT, rows.length)[:, None]
+        mask: Any = None if rows is None else rows.select(flat_RT, rows.length)[:, None]
+        if mask is not None and not isinstance(self.mask, Tensor | None):
+            mask = blocked(mask)
         cos_sin = None if self.cos_sin is None else tuple(pick(t) for t in self.cos_sin)
         return self._with(mask, cos_sin, ids, cache)
 

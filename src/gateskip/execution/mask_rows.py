@@ -5,12 +5,14 @@ Shapes: B batch rows, T new tokens, S keys.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from gateskip.errors import UnsupportedError
 
-__all__ = ["MaskRows"]
+__all__ = ["MaskRows", "blocked"]
 
 #: Largest table, in elements, that is made additive once per call; larger ones are cut first.
 TABLE = 1 << 22
@@ -20,7 +22,8 @@ class MaskRows:
     """Additive mask rows of one call: PyTorch would make a boolean mask additive in every layer.
 
     Args:
-        mask: what transformers made of the 2-D mask, ``[1 or B, 1, T, S]``; None: causality.
+        mask: what transformers made of the 2-D mask, ``[1 or B, 1, T, S]``, or a BlockMask of flex
+            attention; None: causality.
         new: T. past: cached tokens. length, offset: S, and the index of the first key, as the cache
             says. dtype: of the additive mask. valid_BT: real tokens; None: all are.
 
@@ -33,9 +36,11 @@ class MaskRows:
     """
 
     def __init__(
-        self, mask: Tensor | None, *, new: int, past: int, length: int, offset: int,
+        self, mask: Any, *, new: int, past: int, length: int, offset: int,
         dtype: torch.dtype, device: torch.device, valid_BT: Tensor | None = None,
     ) -> None:  # fmt: skip
+        if mask is not None and not isinstance(mask, Tensor):
+            mask = _unblocked(mask, new, length, device)
         if mask is not None and mask.shape[1] != 1:
             raise UnsupportedError(f"attention_mask of shape {tuple(mask.shape)} differs by head.")
         self.new, self.past, self.length, self.offset = new, past, length, offset
@@ -86,3 +91,26 @@ class MaskRows:
             return mask
         blank = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device)
         return blank.masked_fill_(~mask, torch.finfo(self.dtype).min)
+
+
+def _unblocked(mask: Any, new: int, length: int, device: torch.device) -> Tensor:
+    """A BlockMask as bool ``[1 or B, 1, T, S]``."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    return create_mask(mask.mask_mod, mask.shape[0], 1, new, length, device=str(device))
+
+
+def blocked(mask_B1TS: Tensor) -> Any:
+    """An additive mask ``[B, 1, T, S]`` as flex attention's BlockMask.
+
+    Not as its score_mask: compiled for a CPU by PyTorch 2.13, adding one writes beyond its memory.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    seen_BTS = mask_B1TS[:, 0] >= 0
+
+    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return seen_BTS[b, q, k]
+
+    batch, new, length = seen_BTS.shape
+    return create_block_mask(seen, batch, None, new, length, device=str(seen_BTS.device))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gateskip import kernels
-from gateskip.config import BranchKey
+from gateskip.config import LINEAR_IMPORTANCES, BranchKey
 from gateskip.execution.inputs import CACHE_NAMES
 from gateskip.execution.plan import Plan, layer_plans
 from gateskip.skipping.call import Call
@@ -36,7 +36,7 @@ def takes_tokens(call: Call, layer: nn.Module, h_11H: Tensor) -> bool:
         call.forced is None
         and call.scores is None
         and config.kv_source == "project"
-        and config.importance == "mean_logit"
+        and config.importance in LINEAR_IMPORTANCES
         and tuple(config.branches) == ("attention", "mlp")
         and not layer.training
         and kernels.readable(h_11H)

@@ -186,7 +186,13 @@ def _write_gates(
 def write_score(
     gate: Gate, weight_H: torch.Tensor, intercept: float, centre: float, bias: float
 ) -> None:
-    """Make the gate's score w·u + intercept, its logit bias + α·(score − centre)."""
+    """Make the gate's score w·u + intercept, its logit bias + α·(score − centre).
+
+    A gate with a head gets the score there, and keeps its own weights.
+    """
+    if gate.score_affine() is None:
+        gate.set_head(weight_H.float(), intercept)
+        return
     gate.set_direction((ALPHA * weight_H).float(), bias + ALPHA * (intercept - centre))
     with torch.no_grad():
         gate.score_scale.fill_(ALPHA)

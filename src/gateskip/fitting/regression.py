@@ -50,6 +50,7 @@ class Moments:
         xx, xy = self.xx.to(self.device), self.xy.to(self.device)
         mean_x, mean_y = xx[:-1, -1] / self.count, xy[-1] / self.count
         gram = xx[:-1, :-1] - self.count * torch.outer(mean_x, mean_x)
+        gram = (gram + gram.T) / 2  # some libraries' float32 XᵀX is not quite symmetric
         cross = xy[:-1] - self.count * torch.outer(mean_x, mean_y)
         return gram, cross, mean_x, mean_y
 

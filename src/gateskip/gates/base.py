@@ -41,11 +41,14 @@ class Gate(nn.Module, ABC):
 
     score_scale: Tensor
     score_shift: Tensor
+    score_weight: nn.Parameter | None
+    score_bias: nn.Parameter | None
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("score_scale", torch.ones((), dtype=torch.float32))
         self.register_buffer("score_shift", torch.zeros((), dtype=torch.float32))
+        self.score_weight = self.score_bias = None
         self._decision_cache: tuple[Any, Tensor, float] | None = None
         self._alike_cache: tuple[Any, tuple[Tensor, float] | None] | None = None
         #: Grows when anything derived from the weights may be out of date.
@@ -99,14 +102,31 @@ class Gate(nn.Module, ABC):
                 return self.logits(u_NH.float()).sigmoid_()
             return torch.matmul(u_NH.float(), alike[0]).add_(alike[1]).sigmoid_()[..., None]
 
+    def add_head(self, hidden: int) -> None:
+        """A score of its own, s = w·u + b from zero, so that the gate's value may train freely."""
+        self.score_weight = nn.Parameter(torch.zeros(hidden))
+        self.score_bias = nn.Parameter(torch.zeros(()))
+
+    @torch.no_grad()
+    def set_head(self, w_H: Tensor, b: float) -> None:
+        """Write the score of a gate that has a head."""
+        assert self.score_weight is not None
+        assert self.score_bias is not None
+        self.score_weight.copy_(w_H.to(self.score_weight))
+        self.score_bias.fill_(b)
+
     def decision_weights(self) -> tuple[Tensor, Tensor]:
         """(w [H], b []) with score = w·u + b, differentiable."""
+        if self.score_weight is not None and self.score_bias is not None:
+            return self.score_weight, self.score_bias
         with no_autocast(self.score_scale):
             w_H, b = self.mean_logit_weights()
             return w_H / self.score_scale, (b - self.score_shift) / self.score_scale
 
-    def score_affine(self) -> tuple[float, float]:
-        """(a, b) with mean logit = a·score + b."""
+    def score_affine(self) -> tuple[float, float] | None:
+        """(a, b) with mean logit = a·score + b; None where the score is not made of it."""
+        if self.score_weight is not None:
+            return None
         return float(self.score_scale), float(self.score_shift)
 
     def decision_vector(self) -> tuple[Tensor, float]:

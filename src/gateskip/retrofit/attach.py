@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -49,13 +49,13 @@ class Wiring:
     Attributes:
         layer_forward: replaces a decoder layer's ``forward``.
         decoder_hook: forward pre-hook (with keyword arguments) of the decoder.
-        generate: replaces the model's ``generate``.
+        methods: methods of the model that are replaced, by name.
         head_forward: replaces the LM head's ``forward``, where it is a plain linear layer.
     """
 
     layer_forward: Callable[..., Any]
     decoder_hook: Callable[..., Any]
-    generate: Callable[..., Any]
+    methods: Mapping[str, Callable[..., Any]]
     head_forward: Callable[..., Any]
 
 
@@ -134,7 +134,10 @@ def install(
             for kind in config.branches:
                 module = branch_module(layer, family, kind)
                 device = device_of(module)
-                gate = gate_class.build(config, hidden, generator).to(device)
+                gate = gate_class.build(config, hidden, generator)
+                if config.importance == "head":
+                    gate.add_head(hidden)
+                gate.to(device)
                 gate.train(module.training)
                 module.add_module(GATE_NAME, gate)
             base = type(layer)
@@ -148,7 +151,8 @@ def install(
             rebind(head)
         vars(decoder)[STATE_ATTRIBUTE] = state
         decoder.register_forward_pre_hook(wiring.decoder_hook, with_kwargs=True)
-        vars(model)["generate"] = types.MethodType(wiring.generate, model)
+        for name, method in wiring.methods.items():
+            vars(model)[name] = types.MethodType(method, model)
         vars(model)[STATE_ATTRIBUTE] = state
     except BaseException:
         uninstall(model, family, wiring)
@@ -221,8 +225,8 @@ def suspend(model: nn.Module, family: FamilySpec, wiring: Wiring) -> dict[str, A
     for hook_id in mine:
         del hooks[hook_id]
         decoder._forward_pre_hooks_with_kwargs.pop(hook_id, None)
-    generate = vars(model).pop("generate", None)
-    return {"classes": classes, "generate": generate, "hooked": bool(mine)}
+    methods = {n: vars(model).pop(n) for n in wiring.methods if n in vars(model)}
+    return {"classes": classes, "methods": methods, "hooked": bool(mine)}
 
 
 def resume(model: nn.Module, family: FamilySpec, wiring: Wiring, kept: dict[str, Any]) -> None:
@@ -232,5 +236,4 @@ def resume(model: nn.Module, family: FamilySpec, wiring: Wiring, kept: dict[str,
         rebind(module)
     if kept["hooked"]:  # not within another suspension
         decoder_of(model, family).register_forward_pre_hook(wiring.decoder_hook, with_kwargs=True)
-    if kept["generate"] is not None:
-        vars(model)["generate"] = kept["generate"]
+    vars(model).update(kept["methods"])

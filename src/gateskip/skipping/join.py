@@ -69,9 +69,9 @@ def _join_fused(
     from gateskip.kernels.rows import join_rows
 
     alike = gate.one_logit()
-    if alike is not None and score_N is not None:
-        scale, shift = gate.score_affine()
-        join_rows(out_NH, h_NH, o_MH, index_M, scored=(score_N, scale, shift))
+    affine = gate.score_affine()
+    if alike is not None and score_N is not None and affine is not None:
+        join_rows(out_NH, h_NH, o_MH, index_M, scored=(score_N, *affine))
         return
     if alike is not None:
         join_rows(out_NH, h_NH, o_MH, index_M, one=(u_MH, *alike))

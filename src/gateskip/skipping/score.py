@@ -101,7 +101,7 @@ def branch_score(
         h_BTH: residual stream that the branch reads.
         norm: what the branch does to it.
         gate: the branch's gate.
-        importance: ``"mean_logit"`` or ``"mean_gate"``.
+        importance: ``"mean_logit"``, ``"head"`` or ``"mean_gate"``.
     """
     if importance == "mean_gate" or not norm.scales:
         with torch.no_grad():

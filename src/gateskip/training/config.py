@@ -14,6 +14,7 @@ BACKBONES = ("frozen", "lora", "full")
 UNITS = ("compute", "keep")
 SCHEDULES = ("linear", "sampled")
 ARMS = ("gateskip", "control")
+TEACHERS = ("before", "itself")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,8 +33,10 @@ class GateSkipTrainingConfig:
             trade against the loss.
         train_compensation: False leaves the compensation as it is.
         gate_learning_rate, compensation_learning_rate: None takes the trainer's learning rate.
-        distill: share d of the loss that is KL(dense ‖ gated) at labelled positions; the rest is
-            cross-entropy. The dense model is the one before training, without gates.
+        distill: share d of the loss that is KL(teacher ‖ gated) at labelled positions; the rest is
+            cross-entropy.
+        teacher: ``"before"``: the dense model as it was before training; ``"itself"``: as it is at
+            every step, without gates and skipping (inplace distillation, arXiv 1903.05134).
         budget_unit: ``"compute"`` or ``"keep"``.
         budget_start, budget_end: the budget falls linearly from one to the other.
         budget_steps: share of all steps over which it falls.
@@ -56,6 +59,7 @@ class GateSkipTrainingConfig:
     gate_learning_rate: float | None = None
     compensation_learning_rate: float | None = None
     distill: float = 0.0
+    teacher: Literal["before", "itself"] = "before"
     budget_unit: Literal["compute", "keep"] = "compute"
     budget_start: float = 1.0
     budget_end: float = 0.8
@@ -69,6 +73,7 @@ class GateSkipTrainingConfig:
         one_of("budget_unit", self.budget_unit, UNITS)
         one_of("schedule", self.schedule, SCHEDULES)
         one_of("arm", self.arm, ARMS)
+        one_of("teacher", self.teacher, TEACHERS)
         for name in ("budget_start", "budget_end", "budget_steps"):
             value = getattr(self, name)
             if not 0.0 < value <= 1.0:
@@ -108,6 +113,8 @@ class GateSkipTrainingConfig:
             raise ConfigError(
                 f"decision_gradient={self.decision_gradient!r} needs train_gates=True."
             )
+        if self.teacher == "itself" and self.arm == "control":
+            raise ConfigError("teacher='itself' has nothing to teach arm='control'; drop one.")
         trains = self.backbone != "frozen" or self.train_gates or self.train_compensation
         if not trains or (self.arm == "control" and self.backbone == "frozen"):
             raise ConfigError(

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from gateskip.calibration.thresholds import check_tokens
-from gateskip.config import Budget
+from gateskip.config import LINEAR_IMPORTANCES, Budget
 from gateskip.costs import saved_macs
 from gateskip.data import count_tokens, encode
 from gateskip.errors import ConfigError, TrainingError, UnsupportedError
@@ -112,7 +112,8 @@ class GateSkipMixin:
                 f"distill={config.distill} needs GateSkipTrainer's own loss: one process, no label "
                 "smoothing, no compute_loss_func, no other trainer's; set distill=0."
             )
-        self._teacher = self._copy() if self._teaches and config.backbone == "full" else None
+        copied = self._teaches and config.backbone == "full" and config.teacher == "before"
+        self._teacher = self._copy() if copied else None
         self.add_callback(_AfterStep(self))  # type: ignore[attr-defined]
 
     @property
@@ -277,7 +278,7 @@ class GateSkipMixin:
 
     @torch.no_grad()
     def _taught(self, given: dict[str, Any]) -> Tensor:
-        """Hidden states of the model before training, without gates and skipping."""
+        """Hidden states of the teacher: no gates, no skipping, ``[B, T, H]``."""
         family = state_of(self.model).family
         if self._teacher is not None:
             decoder = self._teacher.get_submodule(family.decoder)
@@ -285,7 +286,8 @@ class GateSkipMixin:
         with contextlib.ExitStack() as stack:
             if self._skips:
                 stack.enter_context(dense(self.model))
-            stack.enter_context(without_lora(self.model))
+            if self.gateskip_args.teacher == "before":
+                stack.enter_context(without_lora(self.model))
             decoder = self.model.get_submodule(family.decoder)
             return decoder(**given, use_cache=False).last_hidden_state
 
@@ -367,9 +369,9 @@ class GateSkipMixin:
 
 def _check(config: GateSkipTrainingConfig, gated: GateSkipState, arguments: Any) -> None:
     """Combinations that would train something else than was asked for."""
-    if config.decision_gradient and gated.config.importance != "mean_logit":
+    if config.decision_gradient and gated.config.importance not in LINEAR_IMPORTANCES:
         raise ConfigError(
-            f"decision_gradient={config.decision_gradient} moves the mean logit, but the model "
+            f"decision_gradient={config.decision_gradient} moves linear scores, but the model "
             f"decides by importance={gated.config.importance!r}; set it to 0."
         )
     how = getattr(arguments, "gradient_checkpointing_kwargs", None) or {}
