@@ -34,6 +34,44 @@ RECIPES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "trained_gates": ({}, {"--train-gates": "", "--gate-learning-rate": "1e-3"}),
     "low_budgets": ({}, {"--budget": "0.4"}),
     "rate4": ({}, {"--learning-rate": "4e-3"}),
+    "itself": ({}, {"--distill": "0.5", "--teacher": "itself"}),
+    "vector": ({"--kind": "vector"}, {}),
+    "low_rank4": ({"--kind": "low_rank", "--rank": "4"}, {}),
+    "low_rank64": ({"--kind": "low_rank", "--rank": "64"}, {}),
+    "previous": ({"--kv-source": "previous"}, {}),
+    "head": ({"--importance": "head"}, {}),
+    "head_trained_gates": (
+        {"--importance": "head", "--kind": "low_rank"},
+        {"--train-gates": "", "--gate-learning-rate": "1e-3"},
+    ),
+    "penalty": (
+        {"--importance": "head"},
+        {"--train-gates": "", "--gate-learning-rate": "1e-3", "--penalty": "0.1"},
+    ),
+    "decisions": (
+        {"--importance": "head"},
+        {
+            "--train-gates": "",
+            "--gate-learning-rate": "1e-4",
+            "--decision-gradient": "0.5",
+            "--cost-weight": "1",
+        },
+    ),
+    "decisions_free": (
+        {"--importance": "head"},
+        {
+            "--train-gates": "",
+            "--gate-learning-rate": "1e-4",
+            "--decision-gradient": "0.5",
+            "--cost-weight": "0.1",
+        },
+    ),
+    "frozen": ({}, {"--backbone": "frozen"}),
+    "full": ({}, {"--backbone": "full", "--learning-rate": "1e-4"}),
+    "compensation_fixed": ({}, {"--fixed-compensation": ""}),
+    "linear": ({}, {"--schedule": "linear"}),
+    "at_75": ({}, {"--schedule": "linear", "--budget": "0.75", "--budget-start": "0.75"}),
+    "calibrate15": ({}, {"--calibrate-every": "15"}),
     "steps120": ({}, {"--steps": "120", "--save-every": "30"}),
     "steps240": ({}, {"--steps": "240", "--save-every": "30"}),
 }
@@ -65,7 +103,7 @@ def fitted(args: argparse.Namespace, recipe: str, arm: str) -> Path:
         gateskip(
             "fit", args.model, "--data", str(args.texts / "mix.jsonl"), "--calibration-data",
             str(args.texts / "cal.jsonl"), "--out", str(out), *listed(FIT | options),
-            "--overwrite",
+            "--max-tokens", str(args.fit_tokens), "--overwrite",
         )  # fmt: skip
     return out
 
@@ -76,6 +114,8 @@ def train(args: argparse.Namespace, recipe: str, arm: str, seed: int) -> Path:
     if (out / "gateskip_config.json").is_file():
         return out
     options = TRAIN | RECIPES[recipe][1]
+    if args.steps is not None:
+        options["--steps"] = str(args.steps)
     if arm == "control":
         options = {k: v for k, v in options.items() if "gate" not in k and k != "--distill"}
     begin = ["--gates", str(fitted(args, recipe, arm))] if arm != "random" else ["--kind", "scalar"]
@@ -97,6 +137,9 @@ def main() -> None:
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="base")
     parser.add_argument("--arms", nargs="+", default=["gateskip"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, help="instead of the recipe's, for quick probes")
+    parser.add_argument("--fit-tokens", type=int, default=30_000)
+    parser.add_argument("--eval-tokens", type=int, help="per text, instead of the set's")
     parser.add_argument("--on", choices=sorted(SETS), default="test")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -111,7 +154,7 @@ def main() -> None:
                 gateskip(
                     "eval", str(out), "--base", args.model, "--data",
                     str(args.texts / f"{name}.jsonl"), "--seed", str(seed), "--dtype", "bfloat16",
-                    "--max-length", "512", "--max-tokens", tokens,
+                    "--max-length", "512", "--max-tokens", str(args.eval_tokens or tokens),
                     *(["--arm", "control"] if arm == "control" else budgets),
                     "--json", str(result),
                 )  # fmt: skip
