@@ -7,8 +7,9 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
-from gateskip.config import Budget, GateConfig, one_of
+from gateskip.config import Budget, GateConfig, RowBudgets, one_of
 from gateskip.errors import BudgetError, ConfigError, GateSkipError
 
 
@@ -105,3 +106,10 @@ def test_one_of() -> None:
     one_of("colour", "red", ("red", "green"))
     with pytest.raises(ConfigError, match=r"colour='rad'.*Did you mean 'red'"):
         one_of("colour", "rad", ("red", "green"))
+
+
+@pytest.mark.parametrize("number", [torch.tensor(0.5), torch.tensor(0.5).numpy(), [0.5]])
+def test_budgets_of_other_types(number: Any) -> None:
+    half = Budget(keep=0.5)
+    expected = RowBudgets((half,)) if isinstance(number, list) else half
+    assert Budget.of({"keep": number}) == expected

@@ -149,6 +149,7 @@ class Budget:
                 numbers = numbers.tolist()
             if isinstance(numbers, list | tuple):
                 return RowBudgets(tuple(cls(**{name: number}) for number in numbers))
+            return cls(**{name: numbers})
         return cls(**value)
 
     def __str__(self) -> str:

@@ -83,7 +83,7 @@ def test_bad_rows(model: Any) -> None:
     with pytest.raises(gateskip.BudgetError, match="2 rows, the batch 4"):
         with gateskip.budget(model, keep=[0.5, 0.9]):
             model(ids)
-    with pytest.raises(gateskip.BudgetError, match="3 rows, the batch 4"):
+    with pytest.raises(gateskip.BudgetError, match="3 rows, the prompts 4"):
         generated(model, ids, {"keep": KEEPS})
     for bad in ({"keep": []}, {"keep": [0.5, 2.0]}, {"keep": [0.5], "compute": [0.5]},
                 {"keep": [[0.5]]}, {"keep": [0.5, 0.01]}):  # fmt: skip

@@ -573,3 +573,16 @@ def test_collator_pads_right_and_labels_only_what_counts() -> None:
         -100,
         -100,
     ]
+
+
+def test_a_step_that_skips_nobody_changes_no_compensation(tmp_path: Path) -> None:
+    options = {"backbone": "frozen", "budget_start": 1.0, "budget_end": 1.0}
+    run = trainer(model_for_training(), tmp_path, options, max_steps=2, weight_decay=0.0)
+    before = snapshot(run.model)
+    run.train()
+    assert not moved(before, run.model)
+
+
+def test_lora_says_where_there_is_nothing_to_take(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="gpt2 has none"):
+        trainer(with_table(gated("gpt2", compensation="low_rank")), tmp_path, {"backbone": "lora"})

@@ -36,6 +36,11 @@ def compile_masked(model: nn.Module, **options: Any) -> Any:
         UnsupportedError: in a call, for budgets by row, a cache, or a trace.
     """
     state = state_of(model)
+    if state.config.kv_source == "previous":
+        raise UnsupportedError(
+            "kv_source='previous' copies keys of whichever tokens are skipped, which one graph "
+            "cannot; compile_masked needs kv_source='project'."
+        )
     inner = torch.compile(model.forward, fullgraph=True, **options)
 
     @functools.wraps(model.forward)
@@ -51,7 +56,7 @@ def compile_masked(model: nn.Module, **options: Any) -> Any:
             raise UnsupportedError("a compiled forward takes one budget, not one by row.")
         found = state.resolve(budget)
         values = [float("-inf") if found is None else float(found[key]) for key in state.branches]
-        device = kwargs["input_ids"].device if "input_ids" in kwargs else args[0].device
+        device = next(model.parameters()).device
         table = torch.tensor(values, dtype=torch.float32, device=device)
         return inner(*args, **{"use_cache": False, THRESHOLDS: table} | kwargs)
 

@@ -21,6 +21,7 @@ from gateskip.execution.grid import Grid
 from gateskip.execution.inputs import AttentionInputs
 from gateskip.retrofit.devices import comes_and_goes
 from gateskip.retrofit.families import FamilySpec
+from gateskip.retrofit.listeners import listened
 from gateskip.skipping.call import Call
 
 __all__ = ["attend", "takes_kernels"]
@@ -38,10 +39,16 @@ def takes_kernels(attention: nn.Module, family: FamilySpec, call: Call, flat: Te
         and not attention.training
         and not any(comes_and_goes(module) for module in attention.children())
         # Somebody who hooks or replaces the module's forward wants to see it called.
-        and not attention._forward_hooks
-        and not attention._forward_pre_hooks
-        and "forward" not in vars(attention)
+        and not listened(attention)
+        and not any(listened(norm) for norm in _head_norms(attention, family))
     )
+
+
+def _head_norms(attention: nn.Module, family: FamilySpec) -> list[nn.Module]:
+    """Norms of queries and keys, where the family has them."""
+    names = [name for name in (family.q_norm, family.k_norm) if name is not None]
+    found = [getattr(attention, name, None) for name in names]
+    return [norm for norm in found if norm is not None]
 
 
 def attend(

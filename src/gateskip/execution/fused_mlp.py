@@ -5,12 +5,13 @@ Shapes: M rows, H hidden.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from gateskip import kernels
 from gateskip.retrofit.families import FamilySpec
+from gateskip.retrofit.listeners import listened
 
 __all__ = ["is_silu", "own_mlp", "run_mlp"]
 
@@ -41,5 +42,5 @@ def own_mlp(mlp: Any, u: Tensor) -> Tensor:
 def is_silu(mlp: nn.Module) -> bool:
     """Whether the activation is SiLU, and nobody hooks or replaces the module's forward."""
     act = type(mlp.act_fn).__name__
-    hooked = mlp._forward_hooks or mlp._forward_pre_hooks or "forward" in vars(mlp)
+    hooked = listened(mlp) or listened(cast(nn.Module, mlp.act_fn))
     return act in ("SiLU", "SiLUActivation") and not hooked

@@ -40,10 +40,9 @@ def run_on_gpu(
     cos, sin = (t.to(h_B1H.dtype) for t in kwargs["position_embeddings"])
     mask = kwargs.get("attention_mask")
     stream = torch.cuda.current_stream(h_B1H.device).cuda_stream if h_B1H.is_cuda else 0
-    first, last = memory.addresses[0, 0], memory.addresses[-1, -1]
     key = (
-        int(first), int(last), memory.room, memory.strides, call.batch, cos.shape[0],
-        mask is not None, stream,
+        memory.addresses.tobytes(), memory.room, memory.strides, call.batch, cos.shape[0],
+        mask is not None, stream, torch.is_inference_mode_enabled(),
     )  # fmt: skip
     with LOCK:
         steps = plans.extra = plans.extra or {}
@@ -79,7 +78,9 @@ def _additive(mask: Tensor, out: Tensor, keys: int) -> None:
     mask = mask[:, :keys]
     if mask.dtype == torch.bool:
         least = torch.finfo(torch.float32).min
-        out[:, :keys] = torch.zeros(mask.shape, device=out.device).masked_fill_(~mask, least)
+        out[:, :keys] = torch.zeros(
+            mask.shape, dtype=torch.float32, device=out.device
+        ).masked_fill_(~mask, least)
     else:
         out[:, :keys] = mask
 
@@ -101,7 +102,7 @@ class _Step:
         self.mask = make(batch, memory.room, dtype=torch.float32) if masked else None
         self.length = torch.zeros(1, dtype=torch.int32, device=device)
         self.flags = torch.zeros(layers, 2, batch, dtype=torch.int32, device=device)
-        self.thresholds = torch.zeros(layers, 2, batch, device=device)
+        self.thresholds = torch.zeros(layers, 2, batch, dtype=torch.float32, device=device)
         self.source: Any = self  # of the thresholds
         self.q = make(batch, heads * width)
         self.kv = make(batch, 2, kv_heads * width)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gateskip.config import Budget
-from gateskip.errors import UnsupportedError
+from gateskip.config import Budget, RowBudgets
+from gateskip.errors import BudgetError, UnsupportedError
 from gateskip.execution.head import head_forward
 from gateskip.execution.inputs import CACHE_NAMES
 from gateskip.execution.layer import layer_forward
@@ -55,6 +55,13 @@ def decoder_hook(
         raise UnsupportedError(
             "output_attentions=True has no weights for skipped queries; leave it off, or call "
             "gateskip.detach(model) first."
+        )
+    routed = kwargs.get("output_router_logits")
+    routed = getattr(decoder.config, "output_router_logits", False) if routed is None else routed
+    if routed and not compiling and current(state).execution != "masked":
+        raise UnsupportedError(
+            "output_router_logits=True has no logits of tokens that skip their experts; use "
+            "gateskip.execution(model, 'masked') around the call, or leave it off."
         )
     tokens = kwargs.get("input_ids")
     if tokens is None:
@@ -101,6 +108,13 @@ def generate(model: nn.Module, *args: Any, gateskip_budget: Any = None, **kwargs
     state = state_of(model)
     budget = Budget.of(gateskip_budget) or effective_budget(state) or Budget(keep=1.0)
     state.resolve(budget)  # a bad budget must fail before any work
+    prompts = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+    prompts = kwargs.get("inputs_embeds") if prompts is None else prompts
+    if isinstance(budget, RowBudgets) and prompts is not None and len(budget.rows) != len(prompts):
+        raise BudgetError(
+            f"budget has {len(budget.rows)} rows, the prompts {len(prompts)}; give one number for "
+            "every prompt."
+        )
     with override(state, budget=budget, generating=True):
         return type(model).generate(model, *args, **kwargs)  # type: ignore[attr-defined]
 

@@ -129,11 +129,13 @@ class AttentionInputs:
             return None
         key = (length, offset, id(self.mask))
         if key not in call.masks:
-            call.masks[key] = MaskRows(
+            # With the mask itself, whose id would else be another's.
+            rows = MaskRows(
                 self.mask, new=new, past=call.past, length=length, offset=offset,
                 dtype=self.dtype, device=call.device, valid_BT=call.valid_BT,
             )  # fmt: skip
-        return call.masks[key]
+            call.masks[key] = (self.mask, rows)
+        return call.masks[key][1]
 
 
 def flat_positions(position_RT: Tensor, rows_R: Tensor | None, new: int) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: L layers, B rows, K key/value heads, C room for keys, D head width.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -49,11 +50,34 @@ class Memory:
         raise NotImplementedError
 
 
+@dataclasses.dataclass(slots=True)
+class _Room:
+    """A buffer of one cache. Keys that somebody may still look at are not written over.
+
+    Attributes:
+        owner: id of the cache; a copy of it, with the same tensors, gets a buffer of its own.
+        written: keys in it, those that were cropped since included.
+    """
+
+    buffer: Tensor
+    owner: int
+    written: int
+
+    def serves(self, cache: Any, batch: int, length: int) -> bool:
+        """Whether the cache's next key may be written here."""
+        shape = self.buffer.shape
+        return (
+            self.owner == id(cache) and self.written == length
+            and shape[4] > length and shape[2] == batch
+        )  # fmt: skip
+
+
 class _Growing(Memory):
     """A ``DynamicCache`` as views of a buffer ``[L, 2, B, K, C, D]``, one free place at least."""
 
-    def __init__(self, held: list[Any], room: Tensor) -> None:
-        self.held, self.buffer, self.length = held, room, held[0].keys.shape[2]
+    def __init__(self, held: list[Any], shared: _Room) -> None:
+        room = shared.buffer
+        self.shared, self.held, self.length = shared, held, held[0].keys.shape[2]
         self.room = room.shape[4]
         size, first = room.element_size(), room.data_ptr()
         ramp = np.arange(len(held), dtype=np.int64)[:, None] * (room.stride(0) * size)
@@ -66,7 +90,9 @@ class _Growing(Memory):
     ) -> _Growing | None:
         """Views of an old buffer, or of a new one with the cache's contents."""
         held = cache.layers
-        if type(cache) is not DynamicCache or not _uniform(held, layers, DynamicLayer):
+        if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+            return None
+        if not _uniform(held, layers, DynamicLayer):
             return None
         batch, heads, width = shape
         length = held[0].keys.shape[2]
@@ -76,9 +102,9 @@ class _Growing(Memory):
             for part in held
         ):
             return None
-        room: Tensor | None = vars(cache).get(ROOM_NAME)
-        if room is not None and room.shape[4] > length and room.shape[2] == batch:
-            memory = cls(held, room)
+        shared: _Room | None = vars(cache).get(ROOM_NAME)
+        if shared is not None and shared.serves(cache, batch, length):
+            memory = cls(held, shared)
             if all(
                 part.keys.data_ptr() == k and part.values.data_ptr() == v
                 for part, (k, v) in zip(held, memory.addresses.tolist(), strict=True)
@@ -90,11 +116,12 @@ class _Growing(Memory):
             room[i, 0, :, :, :length] = part.keys
             room[i, 1, :, :, :length] = part.values
             part.keys, part.values = room[i, :, :, :, :length].unbind()
-        vars(cache)[ROOM_NAME] = room
-        return cls(held, room)
+        shared = vars(cache)[ROOM_NAME] = _Room(room, id(cache), length)
+        return cls(held, shared)
 
     def advance(self) -> None:
-        seen = self.buffer[:, :, :, :, : self.length + 1].unbind()
+        self.shared.written = self.length + 1
+        seen = self.shared.buffer[:, :, :, :, : self.length + 1].unbind()
         for part, both in zip(self.held, seen, strict=True):
             part.keys, part.values = both.unbind()
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from gateskip import kernels
 from gateskip.execution.fused_mlp import is_silu
-from gateskip.gates import Gate
+from gateskip.gates import Gate, version
 from gateskip.retrofit.families import FamilySpec
+from gateskip.retrofit.listeners import heard, listened
 from gateskip.skipping.compensation import compensation_of
 from gateskip.skipping.score import Norm, scaled_vector
 
@@ -45,7 +46,7 @@ class Plan:
         score_w, score_b = scaled_vector(gate, Norm(norm, eps, "rms"))
         for t in (*gate.parameters(recurse=False), gate.score_scale, gate.score_shift, norm.weight):
             assert isinstance(t, Tensor)
-            self.versions.append((t, t._version))
+            self.versions.append((t, version(t)))
             self.tensors.append((t, t.data_ptr()))
         self.norm, self.eps, self.score = self._parameter(norm, "weight"), eps, (score_w, score_b)
         self.factors, self.alike = _gate_matrices(gate)
@@ -81,8 +82,9 @@ class Plan:
 
     def _quiet(self, module: nn.Module) -> None:
         """Watch for hooks; who hooks or replaces a module's forward wants to see it called."""
-        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        if listened(module):
             raise _UnfitError
+        self.members.append((vars(module), "forward", None))
         self.hooks += [module._forward_hooks, module._forward_pre_hooks]
 
     def linear(self, parent: nn.Module, name: str) -> tuple[int, int, int]:
@@ -135,10 +137,10 @@ class Plan:
         return (
             self.gate.generation == self.generation
             and self.backend == self.current_backend()
-            and not any(self.hooks)
+            and not any(map(heard, self.hooks))
             and all(place.get(name) is what for place, name, what in self.members)
             and all(t.data_ptr() == address for t, address in self.tensors)
-            and all(t._version == version for t, version in self.versions)
+            and all(version(t) == seen for t, seen in self.versions)
         )
 
     def arguments(self, tail: Sequence[int]) -> None:
@@ -168,7 +170,7 @@ def _gate_matrices(gate: Gate) -> tuple[tuple[Tensor | None, Tensor, Tensor], bo
     alike = gate.one_logit()
     if alike is not None:
         w_H, b = alike
-        return (None, w_H, torch.full((1,), b, device=w_H.device)), True
+        return (None, w_H, torch.full((1,), b, dtype=torch.float32, device=w_H.device)), True
     a, b_matrix, bias = gate.factors()
     parts = [t.detach().contiguous() for t in (b_matrix, bias)]
     return (None if a is None else a.detach().contiguous(), *parts), False  # type: ignore[return-value]
@@ -184,11 +186,13 @@ def _mlp_plan(layer: nn.Module, family: FamilySpec) -> Plan | None:
         (wg, bg, sg), (wu, bu, su), (wd, bd, sd) = (
             plan.linear(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")
         )
+        plan._quiet(mlp.act_fn)
         if bg or bu or bd:
             raise _UnfitError
     except _UnfitError:
         return None
     inner = mlp.gate_proj.weight.shape[0]
+    plan.members.append((mlp._modules, "act_fn", mlp.act_fn))
     plan.arguments([int(plan.alike), wg, wu, wd, inner, 0, sg, su, sd])
     plan.inner = inner
     return plan
@@ -235,6 +239,7 @@ def _attention_plans(layer: nn.Module, family: FamilySpec) -> tuple[Plan, Plan] 
         int(attend.alike), 0, 0, 0, 0, heads, heads // kv, width, 0, 0, 0, 0,
         kernels.real(attention.scaling), 0, 0, 0, wo, bo, so,
     ])  # fmt: skip
+    attend.members.append((vars(attention), "scaling", attention.scaling))
     project.sizes, attend.scaling = (heads, kv, width), float(attention.scaling)
     return project, attend
 
@@ -287,13 +292,16 @@ class Plans:
         for cells, plan in zip(self.template.reshape(-1, columns), plans, strict=True):
             cells[: len(plan.template)] = plan.template
 
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copied model makes its own."""
+
     def holds(self) -> bool:
         """Whether every address is still right and nobody listens."""
         for gate, generation in self._gates:
             if gate.generation != generation:
                 return False
         for hooks in self._hooks:
-            if hooks:
+            if heard(hooks):
                 return False
         for place, name, what in self._members:
             if place.get(name) is not what:
@@ -301,8 +309,8 @@ class Plans:
         for t, address in self._tensors:
             if t.data_ptr() != address:
                 return False
-        for t, version in self._versions:
-            if t._version != version:
+        for t, seen in self._versions:
+            if version(t) != seen:
                 return False
         return True
 

@@ -21,6 +21,9 @@ from gateskip.execution.inputs import CACHE_NAMES
 from gateskip.execution.memory import Memory, memory_of
 from gateskip.execution.plan import Plans, all_plans
 from gateskip.execution.token import additive, record, takes_tokens
+from gateskip.kernels import scratch
+from gateskip.retrofit.families import FamilySpec
+from gateskip.retrofit.listeners import listened
 from gateskip.skipping.call import Call
 
 __all__ = ["takes_stack", "token_stack"]
@@ -39,7 +42,9 @@ def token_stack(layers: list[nn.Module], call: Call, h_B1H: Tensor, kwargs: Any)
     cache = next((kwargs[n] for n in CACHE_NAMES if kwargs.get(n) is not None), None)
     if cache is None or not takes_tokens(call, layers[0], h_B1H):
         return None
-    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+    if any(listened(layer) for layer in layers):
+        return None
+    if not _one_mask(layers[0], call.state.family):
         return None
     table = all_plans(layers, call.state.family)
     if table is None or table.dtype != h_B1H.dtype:
@@ -54,6 +59,12 @@ def token_stack(layers: list[nn.Module], call: Call, h_B1H: Tensor, kwargs: Any)
 
         return run_on_gpu(table, call, h_B1H, kwargs, memory)
     return _run(table, call, h_B1H, kwargs, memory)
+
+
+def _one_mask(layer: nn.Module, family: FamilySpec) -> bool:
+    """Whether all layers see the same keys."""
+    config: Any = getattr(layer, family.attention).config
+    return len(set(getattr(config, "layer_types", None) or ())) <= 1
 
 
 def _thresholds(table: Plans, call: Call) -> Any:
@@ -93,7 +104,7 @@ def _run(table: Plans, call: Call, h_B1H: Tensor, kwargs: Any, memory: Memory) -
         "scores": threads * keys, "attended": batch * heads * width, "act": batch * table.inner,
         "y": threads * y_stride,
     }  # fmt: skip
-    buffer = torch.empty(sum(sizes.values()))
+    buffer = scratch(sum(sizes.values()))
     parts = buffer.split(list(sizes.values()))
     lists = np.empty((threads, 2, batch), dtype=np.int64)
     cos, sin = (t.to(h_B1H.dtype).contiguous() for t in kwargs["position_embeddings"])

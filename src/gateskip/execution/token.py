@@ -16,6 +16,7 @@ from gateskip import kernels
 from gateskip.config import LINEAR_IMPORTANCES, BranchKey
 from gateskip.execution.inputs import CACHE_NAMES
 from gateskip.execution.plan import Plan, layer_plans
+from gateskip.kernels import scratch
 from gateskip.skipping.call import Call
 
 __all__ = ["NO", "YES", "additive", "record", "takes_tokens", "token_layer"]
@@ -39,8 +40,14 @@ def takes_tokens(call: Call, layer: nn.Module, h_11H: Tensor) -> bool:
         and config.importance in LINEAR_IMPORTANCES
         and tuple(config.branches) == ("attention", "mlp")
         and not layer.training
+        and _attends_as_sdpa(getattr(layer, call.state.family.attention))
         and kernels.readable(h_11H)
     )
+
+
+def _attends_as_sdpa(attention: nn.Module) -> bool:
+    """Masks of other back-ends have another form; who changes it does so at any time."""
+    return getattr(getattr(attention, "config", None), "_attn_implementation", None) == "sdpa"
 
 
 def token_layer(
@@ -68,12 +75,12 @@ def _start(plan: Plan, call: Call, key: Any, h: Tensor) -> tuple[Any, Tensor, An
     threshold = -math.inf if free else call.thresholds[key]  # type: ignore[index]
     out = torch.empty_like(h)
     flag = np.zeros(1, dtype=np.int64)
-    scratch = torch.empty(3 * plan.hidden * max(torch.get_num_threads(), 1))
+    room = scratch(3 * plan.hidden * max(torch.get_num_threads(), 1))
     arguments: Ints = plan.template.copy()
     arguments[H], arguments[OUT] = h.data_ptr(), out.data_ptr()
     arguments[THRESHOLD] = kernels.real(threshold)
-    arguments[KEPT], arguments[SCRATCH] = flag.ctypes.data, scratch.data_ptr()
-    return arguments, out, flag, scratch
+    arguments[KEPT], arguments[SCRATCH] = flag.ctypes.data, room.data_ptr()
+    return arguments, out, flag, room
 
 
 def _attention(
@@ -88,9 +95,9 @@ def _attention(
 
     key = (index, "attention")
     heads, kv, width = project.sizes
-    arguments, out, flag, scratch = _start(project, call, key, h)
+    arguments, out, flag, room = _start(project, call, key, h)
     cos, sin = (t.to(h.dtype).contiguous() for t in kwargs["position_embeddings"])
-    q = torch.empty(heads * width)
+    q = scratch(heads * width)
     k, v = h.new_empty(2, 1, kv, 1, width).unbind()
     arguments[30], arguments[31] = cos.data_ptr(), sin.data_ptr()
     arguments[35], arguments[36], arguments[37] = q.data_ptr(), k.data_ptr(), v.data_ptr()
@@ -108,10 +115,10 @@ def _attention(
         mask = additive(mask[0, 0, -1])
     if k.stride(3) != 1 or v.stride(3) != 1:
         k, v = k.contiguous(), v.contiguous()
-    more = torch.empty(heads * (keys + width))
+    more = scratch(heads * (keys + width))
     again = attend.template.copy()
     again[H], again[OUT] = h.data_ptr(), out.data_ptr()
-    again[KEPT], again[SCRATCH] = flag.ctypes.data, scratch.data_ptr()
+    again[KEPT], again[SCRATCH] = flag.ctypes.data, room.data_ptr()
     again[22:26] = q.data_ptr(), k.data_ptr(), v.data_ptr(), keys
     again[29:33] = k.stride(1), k.stride(2), v.stride(1), v.stride(2)
     again[34] = 0 if mask is None else mask.data_ptr()
@@ -123,7 +130,7 @@ def _attention(
 def additive(mask: Tensor) -> Tensor:
     """A mask as float32 addends."""
     if mask.dtype == torch.bool:
-        blank = torch.zeros(mask.shape)
+        blank = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         return blank.masked_fill_(~mask, torch.finfo(torch.float32).min)
     return mask.float().contiguous()
 
@@ -133,8 +140,8 @@ def _mlp(call: Call, index: int, h: Tensor, plan: Plan) -> Tensor:
 
     key = (index, "mlp")
     inner = plan.inner
-    arguments, out, flag, _scratch = _start(plan, call, key, h)
-    act = torch.empty(2 * inner)
+    arguments, out, flag, _room = _start(plan, call, key, h)
+    act = scratch(2 * inner)
     arguments[26] = act.data_ptr()
     MLP(h.dtype, arguments, work=inner)
     kept = bool(flag[0])

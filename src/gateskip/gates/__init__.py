@@ -3,10 +3,10 @@
 Each kind is one file. Knows nothing of models, budgets or decisions.
 """
 
-from gateskip.gates.base import Gate, no_autocast
+from gateskip.gates.base import Gate, no_autocast, version
 from gateskip.registry import Registry
 
-__all__ = ["GATES", "Gate", "no_autocast"]
+__all__ = ["GATES", "Gate", "no_autocast", "version"]
 
 GATES: Registry[type[Gate]] = Registry("gate kind", "gateskip.gates")
 _BUILT_IN = {"low_rank": "LowRankGate", "scalar": "ScalarGate", "vector": "VectorGate"}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gateskip.config import GateConfig
 
-__all__ = ["Gate", "no_autocast"]
+__all__ = ["Gate", "constant", "no_autocast", "normal", "version"]
 
 
 def no_autocast(t: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -23,6 +23,21 @@ def no_autocast(t: Tensor) -> contextlib.AbstractContextManager[Any]:
     if torch.is_autocast_enabled(t.device.type):
         return torch.autocast(t.device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def normal(*shape: int, generator: torch.Generator) -> Tensor:
+    """Float32 draws from N(0, 1) on the CPU, whatever the default dtype and device are."""
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def constant(size: int, value: float) -> Tensor:
+    """A float32 vector on the CPU."""
+    return torch.full((size,), value, dtype=torch.float32, device="cpu")
+
+
+def version(t: Tensor) -> int:
+    """Grows when a tensor is written to; inference tensors do not count, nor may they change."""
+    return 0 if t.is_inference() else t._version
 
 
 class Gate(nn.Module, ABC):
@@ -82,7 +97,7 @@ class Gate(nn.Module, ABC):
     def one_logit(self) -> tuple[Tensor, float] | None:
         """(w [H], b) with z = w·u + b on every channel, or None; cached until a weight changes."""
         parts = list(self.parameters(recurse=False))
-        stamp = tuple((p._version, p.data_ptr()) for p in parts)
+        stamp = tuple((version(p), p.data_ptr()) for p in parts)
         if self.training or self._alike_cache is None or self._alike_cache[0] != stamp:
             with torch.no_grad(), no_autocast(self.score_scale):
                 found = None
@@ -104,8 +119,8 @@ class Gate(nn.Module, ABC):
 
     def add_head(self, hidden: int) -> None:
         """A score of its own, s = w·u + b from zero, so that the gate's value may train freely."""
-        self.score_weight = nn.Parameter(torch.zeros(hidden))
-        self.score_bias = nn.Parameter(torch.zeros(()))
+        self.score_weight = nn.Parameter(constant(hidden, 0.0))
+        self.score_bias = nn.Parameter(constant(1, 0.0)[0])
 
     @torch.no_grad()
     def set_head(self, w_H: Tensor, b: float) -> None:
@@ -132,7 +147,7 @@ class Gate(nn.Module, ABC):
     def decision_vector(self) -> tuple[Tensor, float]:
         """Detached :meth:`decision_weights`, cached until a weight changes."""
         parts = [*self.parameters(recurse=False), self.score_scale, self.score_shift]
-        stamp = tuple((p._version, p.data_ptr()) for p in parts)
+        stamp = tuple((version(p), p.data_ptr()) for p in parts)
         if self.training or self._decision_cache is None or self._decision_cache[0] != stamp:
             with torch.no_grad():
                 w_H, b = self.decision_weights()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gateskip.config import GateConfig
-from gateskip.gates.base import Gate
+from gateskip.gates.base import Gate, constant, normal
 
 __all__ = ["LowRankGate"]
 
@@ -28,10 +28,10 @@ class LowRankGate(Gate):
     @classmethod
     def build(cls, config: GateConfig, hidden: int, generator: torch.Generator) -> Self:
         # Entries of B·A have variance r·var(A)·var(B); split it so that it is init_std².
-        down = torch.randn(config.rank, hidden, generator=generator) * hidden**-0.5
+        down = normal(config.rank, hidden, generator=generator) * hidden**-0.5
         scale = config.init_std * (hidden / config.rank) ** 0.5
-        up = torch.randn(hidden, config.rank, generator=generator) * scale
-        return cls(down, up, torch.full((hidden,), config.init_bias))
+        up = normal(hidden, config.rank, generator=generator) * scale
+        return cls(down, up, constant(hidden, config.init_bias))
 
     def logits(self, u_NH: Tensor) -> Tensor:
         inner = nn.functional.linear(u_NH, self.down)

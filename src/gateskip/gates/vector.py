@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gateskip.config import GateConfig
-from gateskip.gates.base import Gate
+from gateskip.gates.base import Gate, constant, normal
 
 __all__ = ["VectorGate"]
 
@@ -23,8 +23,8 @@ class VectorGate(Gate):
 
     @classmethod
     def build(cls, config: GateConfig, hidden: int, generator: torch.Generator) -> Self:
-        weight = torch.randn(hidden, hidden, generator=generator) * config.init_std
-        return cls(weight, torch.full((hidden,), config.init_bias))
+        weight = normal(hidden, hidden, generator=generator) * config.init_std
+        return cls(weight, constant(hidden, config.init_bias))
 
     def logits(self, u_NH: Tensor) -> Tensor:
         return nn.functional.linear(u_NH, self.weight, self.bias)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gateskip.errors import ConfigError
 
-__all__ = ["available", "backend", "readable", "real", "supported", "using"]
+__all__ = ["available", "backend", "readable", "real", "scratch", "supported", "using"]
 
 BACKENDS = ("numba", "triton", "torch")
 
@@ -53,6 +53,11 @@ def available() -> bool:
 def has_triton() -> bool:
     """Whether Triton's kernels can be used on a GPU."""
     return importlib.util.find_spec("triton") is not None
+
+
+def scratch(size: int) -> Tensor:
+    """Float32 room on the CPU for the kernels, whatever the default dtype and device are."""
+    return torch.empty(size, dtype=torch.float32, device="cpu")
 
 
 def interpreted() -> bool:

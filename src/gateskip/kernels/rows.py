@@ -12,7 +12,7 @@ import torch
 from numba import cfunc, njit
 from torch import Tensor
 
-from gateskip.kernels import real
+from gateskip.kernels import real, scratch
 from gateskip.kernels.numeric import (
     ARGUMENTS,
     FAST,
@@ -289,7 +289,7 @@ def matvec(weight_RN: Tensor, x_N: Tensor) -> Tensor:
     rows, n = weight_RN.shape
     y_R = x_N.new_empty(rows)
     threads = max(torch.get_num_threads(), 1)
-    wide, out = torch.empty(threads * n + rows).split((threads * n, rows))
+    wide, out = scratch(threads * n + rows).split((threads * n, rows))
     arguments = integers(
         weight_RN.data_ptr(), x_N.data_ptr(), y_R.data_ptr(), rows, n, wide.data_ptr(),
         out.data_ptr(),

@@ -20,6 +20,7 @@ __all__ = [
     "joined",
     "live_factors",
     "load_live",
+    "lora_layers",
     "merge",
     "merge_live",
     "mergeable",
@@ -30,7 +31,8 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 """Module name to (down [R, I], up [O, R]); the change of its weight is up · down."""
 
 
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """PEFT's LoRA layers in a model, by name."""
     for name, module in model.named_modules():
         if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
             yield name, module
@@ -43,7 +45,7 @@ def live_factors(model: nn.Module) -> Factors:
         UnsupportedError: a variant that is no sum of a weight and two factors (DoRA, embeddings).
     """
     found: Factors = {}
-    for name, module in _lora_layers(model):
+    for name, module in lora_layers(model):
         adapters = list(module.lora_A)
         if len(adapters) > 1:
             raise UnsupportedError(
@@ -68,7 +70,7 @@ def load_live(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) ->
     Raises:
         CheckpointError: other layers, or another rank.
     """
-    layers = dict(_lora_layers(model))
+    layers = dict(lora_layers(model))
     if layers.keys() != factors.keys():
         name = next(iter(layers.keys() ^ factors.keys()))
         raise CheckpointError(f"the checkpoint has other LoRA layers ({name}); use its options.")
@@ -135,7 +137,7 @@ def merge_live(model: nn.Module) -> Factors:
     """Merge PEFT's LoRA layers and put the plain layers back; returns their factors."""
     factors = {n: (d.float().cpu(), u.float().cpu()) for n, (d, u) in live_factors(model).items()}
     merge(model, factors)
-    for name, module in list(_lora_layers(model)):
+    for name, module in list(lora_layers(model)):
         parent, _, child = name.rpartition(".")
         base = module.base_layer
         # PEFT froze it; a model without adapters is trainable, as it was loaded.
@@ -149,7 +151,7 @@ def merge_live(model: nn.Module) -> Factors:
 @contextlib.contextmanager
 def without_lora(model: nn.Module) -> Iterator[None]:
     """Run with the LoRA layers switched off within the block."""
-    layers = [module for _, module in _lora_layers(model)]
+    layers = [module for _, module in lora_layers(model)]
     before = [module._disable_adapters for module in layers]
     for module in layers:
         module._disable_adapters = True

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from gateskip import kernels
 from gateskip.config import BranchKey
-from gateskip.gates import Gate, no_autocast
+from gateskip.gates import Gate, no_autocast, version
 from gateskip.retrofit.devices import comes_and_goes
 from gateskip.retrofit.families import FamilySpec
+from gateskip.retrofit.listeners import listened
 
 __all__ = ["Norm", "branch_score", "normed_at", "random_score", "scaled_vector", "single_score"]
 
@@ -68,7 +69,7 @@ class Norm:
     def hooked(self) -> bool:
         """Whether somebody listens to the module, or changes what it returns."""
         module = self.module
-        return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
+        return module is not None and listened(module)
 
     @property
     def fused(self) -> bool:
@@ -87,7 +88,7 @@ class Norm:
         if self.module is None:
             return 0, 0
         weight = cast(Tensor, self.module.weight)
-        return weight.data_ptr(), weight._version
+        return weight.data_ptr(), version(weight)
 
 
 def branch_score(

@@ -11,7 +11,7 @@ from torch import nn
 from gateskip.errors import ConfigError, UnsupportedError
 from gateskip.gates import Gate
 from gateskip.retrofit.attach import gated_branches, layers_of
-from gateskip.retrofit.lora import joined, live_factors, merge_live, mergeable
+from gateskip.retrofit.lora import joined, live_factors, lora_layers, merge_live, mergeable
 from gateskip.skipping.compensation import Compensation, set_compensation
 from gateskip.skipping.state import state_of
 from gateskip.training.config import GateSkipTrainingConfig
@@ -102,14 +102,23 @@ def _add_lora(model: nn.Module, config: GateSkipTrainingConfig) -> None:
     ]
     for name, module in linear:
         mergeable(name, module)  # now, not when training is over
-    names = sorted({name for name, _ in linear})
+    if not linear:
+        raise ConfigError(
+            f"backbone='lora' needs linear layers, and {state.family.model_type} has none; use "
+            "backbone='full' or 'frozen'."
+        )
+    mine = {id(module) for _, module in linear}
+    names = sorted(name for name, module in model.named_modules() if id(module) in mine)
     options: Any = {
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
+        # In full: of bare names PEFT would make out that fused experts are meant too.
         "target_modules": names,
     }
     inject_adapter_in_model(LoraConfig(**options), model)
+    for name, layer in lora_layers(model):  # PEFT may have taken more than it was told to
+        mergeable(name, layer.base_layer)
     _fuse_lora(model)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:  # bfloat16 would round small updates away
