@@ -57,6 +57,8 @@ class Bodies:
         branches = gated_branches(model, state_of(model).family).items()
         self.modules: list[Any] = [module for key, module in branches if key[1] in kinds]
         self.compiled = []
+        # Modules of one class share a limit, beyond which they silently run as they are.
+        torch._dynamo.config.recompile_limit = 8 * len(self.modules)
         for module in self.modules:
             module.compile(dynamic=False)
             self.compiled.append(module._compiled_call_impl)
