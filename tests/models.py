@@ -160,3 +160,14 @@ def through_cache(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, step
         lengths = {cache.get_seq_length(layer) for layer in range(LAYERS)}
         assert lengths == {b}, "I8: every layer's cache is equally long after every step"
     return torch.cat(logits, 1)
+
+
+@torch.no_grad()
+def fed(model: Any, ids: Tensor, cache: Any, start: int = 6) -> Tensor:
+    """Logits of ids through a cache: ``start`` at once, then one by one."""
+    parts = [model(ids[:, :start], cache=cache, use_cache=True).logits] if start else []
+    parts += [
+        model(ids[:, i : i + 1], cache=cache, use_cache=True).logits
+        for i in range(start, ids.shape[1])
+    ]
+    return torch.cat(parts, 1)

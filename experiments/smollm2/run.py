@@ -75,6 +75,8 @@ RECIPES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "steps120": ({}, {"--steps": "120", "--save-every": "30"}),
     "steps240": ({}, {"--steps": "240", "--save-every": "30"}),
 }
+#: Parts of the options that a control has no use for.
+GATED = ("gate", "distill", "teacher", "penalty", "decision", "cost-weight")
 COMPUTE = ("1.0", "0.9", "0.85", "0.75", "0.5")
 SETS: dict[str, tuple[tuple[str, str], ...]] = {
     "dev": (("dev_gsm8k", "6000"), ("dev_wikitext2", "6000")),
@@ -117,7 +119,7 @@ def train(args: argparse.Namespace, recipe: str, arm: str, seed: int) -> Path:
     if args.steps is not None:
         options["--steps"] = str(args.steps)
     if arm == "control":
-        options = {k: v for k, v in options.items() if "gate" not in k and k != "--distill"}
+        options = {k: v for k, v in options.items() if not any(part in k for part in GATED)}
     begin = ["--gates", str(fitted(args, recipe, arm))] if arm != "random" else ["--kind", "scalar"]
     begun = (out / "start" / "gateskip_config.json").is_file()
     gateskip(

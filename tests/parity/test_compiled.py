@@ -64,6 +64,22 @@ def test_refusals() -> None:
         forward(ids)
 
 
+def test_previous_keys_are_refused() -> None:
+    with pytest.raises(gateskip.UnsupportedError, match="kv_source='project'"):
+        gateskip.compile_masked(with_table(gated("llama", kv_source="previous")))
+
+
+@torch.no_grad()
+def test_embeddings_instead_of_ids() -> None:
+    model, ids = with_table(gated("llama")), random_ids(2, 8)
+    forward = gateskip.compile_masked(model, backend="aot_eager")
+    embeds = model.get_input_embeddings()(ids)
+    with gateskip.budget(model, keep=0.6):
+        torch.testing.assert_close(
+            forward(inputs_embeds=embeds).logits, forward(input_ids=ids).logits
+        )
+
+
 @torch.no_grad()
 def test_a_plain_compile_skips_as_asked() -> None:
     """Outside of one graph the budget is looked up anew: graph breaks, never a stale budget."""

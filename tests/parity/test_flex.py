@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -12,15 +10,6 @@ from gateskip.skipping.state import override, state_of
 from models import gated, medians, padded, through_cache
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture
-def uncompiled() -> Iterator[None]:
-    """Flex attention without its compiler, which takes minutes."""
-    torch._dynamo.reset()
-    torch.compiler.set_stance("force_eager")
-    yield
-    torch.compiler.set_stance("default")
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral_window", "gpt_neox"])

@@ -3,46 +3,19 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import gateskip
 from gateskip import kernels
-from gateskip.execution import layer as layer_module
-from gateskip.execution import memory, stack
+from gateskip.execution import memory
 from gateskip.execution.api import dense
 from gateskip.skipping.state import override, state_of
-from models import gated, medians, random_ids, tiny, with_table
+from models import fed, gated, medians, random_ids, tiny, with_table
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="numba is not installed")
-
-
-@pytest.fixture
-def stacked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each call of one token ran as one."""
-    seen: list[bool] = []
-
-    def noted(*args: Any) -> Tensor | None:
-        found = stack.token_stack(*args)
-        seen.append(found is not None)
-        return found
-
-    monkeypatch.setattr(layer_module, "token_stack", noted)
-    return seen
-
-
-def fed(model: Any, ids: Tensor, cache: Any, start: int = 6) -> Tensor:
-    """Logits of ids through a cache: ``start`` at once, then one by one."""
-    parts = [model(ids[:, :start], cache=cache, use_cache=True).logits] if start else []
-    parts += [
-        model(ids[:, i : i + 1], cache=cache, use_cache=True).logits
-        for i in range(start, ids.shape[1])
-    ]
-    return torch.cat(parts, 1)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])

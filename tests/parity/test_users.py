@@ -4,42 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import gateskip
 from gateskip import kernels
-from gateskip.execution import layer as layer_module
-from gateskip.execution import stack
 from gateskip.skipping.state import override, state_of
-from models import gated, medians, random_ids, tiny, with_table
+from models import fed, gated, medians, random_ids, tiny, with_table
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="numba is not installed")
-
-
-@pytest.fixture
-def stacked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    seen: list[bool] = []
-
-    def noted(*args: Any) -> Tensor | None:
-        found = stack.token_stack(*args)
-        seen.append(found is not None)
-        return found
-
-    monkeypatch.setattr(layer_module, "token_stack", noted)
-    return seen
-
-
-@torch.no_grad()
-def decoded(model: Any, ids: Tensor, cache: Any, start: int = 6) -> Tensor:
-    parts = [model(ids[:, :start], cache=cache, use_cache=True).logits] if start else []
-    for i in range(start, ids.shape[1]):
-        parts.append(model(ids[:, i : i + 1], cache=cache, use_cache=True).logits)
-    return torch.cat(parts, 1)
 
 
 @pytest.fixture
@@ -54,9 +29,9 @@ def test_another_default_dtype(
 ) -> None:
     model, ids = gated(compensation="low_rank"), random_ids(1, 14)
     with override(state_of(model), thresholds=medians(model)):
-        expected = decoded(model, ids, DynamicCache(config=model.config))
+        expected = fed(model, ids, DynamicCache(config=model.config))
         torch.set_default_dtype(dtype)
-        found = decoded(model, ids, DynamicCache(config=model.config))
+        found = fed(model, ids, DynamicCache(config=model.config))
     assert stacked
     assert all(stacked)
     assert torch.equal(found, expected)
@@ -76,9 +51,9 @@ def test_windows_in_some_layers_with_a_cache_that_keeps_all(family: str) -> None
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).eval()
     ids = random_ids(1, 16)
-    dense = decoded(model, ids, DynamicCache())
+    dense = fed(model, ids, DynamicCache())
     gateskip.attach(model, gateskip.GateConfig(init_bias=30.0, init_std=0.0, compensation="none"))
-    torch.testing.assert_close(decoded(model, ids, DynamicCache()), dense, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(fed(model, ids, DynamicCache()), dense, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("where", ["layers.1", "layers.1.mlp", "layers.1.input_layernorm"])
@@ -86,10 +61,10 @@ def test_a_forward_patched_after_decoding_began_is_called(where: str) -> None:
     model, ids = gated(), random_ids(1, 14)
     module = model.model.get_submodule(where)
     with override(state_of(model), thresholds=medians(model)):
-        decoded(model, ids, DynamicCache(config=model.config))
+        fed(model, ids, DynamicCache(config=model.config))
         inner = module.forward
         module.forward = lambda *args, **kwargs: inner(*args, **kwargs) * 1.5
-        found = decoded(model, ids, DynamicCache(config=model.config))
+        found = fed(model, ids, DynamicCache(config=model.config))
         with torch.no_grad():
             torch.testing.assert_close(found, model(ids).logits, atol=2e-5, rtol=1e-4)
             with kernels.using("torch"), gateskip.execution(model, "masked"):
@@ -102,10 +77,10 @@ def test_a_forward_patched_after_decoding_began_is_called(where: str) -> None:
 def test_hooks_inside_of_branches_are_heard(family: str, where: str) -> None:
     model, ids = gated(family), random_ids(1, 14)
     with override(state_of(model), thresholds=medians(model)):
-        decoded(model, ids, DynamicCache(config=model.config))
+        fed(model, ids, DynamicCache(config=model.config))
         module = model.model.layers[1].get_submodule(where)
         module.register_forward_hook(lambda _m, _args, out: out * 1.5)
-        found = decoded(model, ids, DynamicCache(config=model.config))
+        found = fed(model, ids, DynamicCache(config=model.config))
         with torch.no_grad(), gateskip.execution(model, "masked"):
             torch.testing.assert_close(found, model(ids).logits, atol=2e-5, rtol=1e-4)
 
@@ -114,13 +89,13 @@ def test_what_a_plan_read_is_read_again() -> None:
     model, ids = gated(), random_ids(1, 14)
     with override(state_of(model), thresholds=medians(model)):
         for change in ("act_fn", "scaling"):
-            decoded(model, ids, DynamicCache(config=model.config))
+            fed(model, ids, DynamicCache(config=model.config))
             for layer in model.model.layers:
                 if change == "act_fn":
                     layer.mlp.act_fn = torch.nn.GELU()
                 else:
                     layer.self_attn.scaling = layer.self_attn.scaling * 2.0
-            found = decoded(model, ids, DynamicCache(config=model.config))
+            found = fed(model, ids, DynamicCache(config=model.config))
             with torch.no_grad(), gateskip.execution(model, "masked"):
                 torch.testing.assert_close(found, model(ids).logits, atol=2e-5, rtol=1e-4)
 
@@ -132,23 +107,23 @@ def test_tensors_of_a_cache_that_somebody_keeps_are_not_written_over(
     model, ids, more = gated(), random_ids(1, 12), random_ids(2, 4, seed=7)
     with override(state_of(model), thresholds=medians(model)):
         cache = DynamicCache()
-        decoded(model, ids, cache)
+        fed(model, ids, cache)
         kept = [(part.keys, part.values) for part in cache.layers]
         before = [(k.clone(), v.clone()) for k, v in kept]
         other = copy.copy(cache)
         other.layers = [copy.copy(part) for part in cache.layers]
         if how == "crop":
             cache.crop(-3)
-            decoded(model, more[:1], cache, start=0)
+            fed(model, more[:1], cache, start=0)
         else:
             outs = [[], []]  # type: ignore[var-annotated]
             for i in range(4):  # in turns
                 for out, row, held in zip(outs, more, (cache, other), strict=True):
-                    out.append(decoded(model, row[None, i : i + 1], held, start=0))
+                    out.append(fed(model, row[None, i : i + 1], held, start=0))
             for out, row in zip(outs, more, strict=True):
                 fresh = DynamicCache()
-                decoded(model, ids, fresh)
-                expected = decoded(model, row[None], fresh, start=0)
+                fed(model, ids, fresh)
+                expected = fed(model, row[None], fresh, start=0)
                 assert torch.equal(torch.cat(out, 1), expected)
     assert all(stacked)
     for (k, v), (k0, v0) in zip(kept, before, strict=True):
@@ -182,12 +157,15 @@ def test_a_model_made_in_inference_mode(stacked: list[bool]) -> None:
     assert all(stacked)
 
 
-def test_another_attention_while_decoding() -> None:
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("other", ["eager", "flex_attention"])
+def test_another_attention_while_decoding(other: str) -> None:
     model, ids = gated(), random_ids(1, 14)
     with override(state_of(model), thresholds=medians(model)):
-        expected = decoded(model, ids, DynamicCache(config=model.config))
-        model.set_attn_implementation("eager")
-        found = decoded(model, ids, DynamicCache(config=model.config))
+        expected = fed(model, ids, DynamicCache(config=model.config))
+        model.set_attn_implementation(other)
+        found = fed(model, ids, DynamicCache(config=model.config))
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
@@ -200,3 +178,14 @@ def test_router_logits_need_the_masked_form(family: str) -> None:
         with gateskip.execution(model, "masked"):
             out = model(ids, labels=ids, output_router_logits=True)
     assert bool(torch.isfinite(out.aux_loss))
+
+
+def test_an_activation_that_is_a_function() -> None:
+    model, ids = gated(), random_ids(1, 12)
+    for layer in model.model.layers:
+        del layer.mlp.act_fn
+        layer.mlp.act_fn = torch.nn.functional.gelu
+    with override(state_of(model), thresholds=medians(model)):
+        found = fed(model, ids, DynamicCache(config=model.config))
+        with torch.no_grad(), gateskip.execution(model, "masked"):
+            torch.testing.assert_close(found, model(ids).logits, atol=2e-5, rtol=1e-4)

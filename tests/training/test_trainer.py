@@ -575,6 +575,11 @@ def test_collator_pads_right_and_labels_only_what_counts() -> None:
     ]
 
 
+def test_a_teacher_without_a_share_of_the_loss_is_refused() -> None:
+    with pytest.raises(ConfigError, match="distill=0"):
+        GateSkipTrainingConfig(teacher="itself")
+
+
 def test_a_step_that_skips_nobody_changes_no_compensation(tmp_path: Path) -> None:
     options = {"backbone": "frozen", "budget_start": 1.0, "budget_end": 1.0}
     run = trainer(model_for_training(), tmp_path, options, max_steps=2, weight_decay=0.0)

@@ -42,5 +42,6 @@ def own_mlp(mlp: Any, u: Tensor) -> Tensor:
 def is_silu(mlp: nn.Module) -> bool:
     """Whether the activation is SiLU, and nobody hooks or replaces the module's forward."""
     act = type(mlp.act_fn).__name__
-    hooked = listened(mlp) or listened(cast(nn.Module, mlp.act_fn))
-    return act in ("SiLU", "SiLUActivation") and not hooked
+    if act not in ("SiLU", "SiLUActivation"):
+        return False
+    return not listened(mlp) and not listened(cast(nn.Module, mlp.act_fn))

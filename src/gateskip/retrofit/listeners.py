@@ -6,12 +6,14 @@ silent otherwise.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
-from transformers.utils import output_capturing
 
 __all__ = ["heard", "listened"]
+
+CAPTURING = "transformers.utils.output_capturing"
 
 
 def heard(hooks: dict[Any, Any]) -> bool:
@@ -19,9 +21,9 @@ def heard(hooks: dict[Any, Any]) -> bool:
     if not hooks:
         return False
     for hook in hooks.values():
-        if getattr(hook, "__module__", None) != output_capturing.__name__:
+        if getattr(hook, "__module__", None) != CAPTURING:
             return True
-    collector: Any = getattr(output_capturing, "_active_collector", None)
+    collector: Any = getattr(sys.modules.get(CAPTURING), "_active_collector", None)
     return collector is None or bool(collector.get())  # names of what is collected
 
 

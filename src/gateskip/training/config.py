@@ -113,6 +113,8 @@ class GateSkipTrainingConfig:
             raise ConfigError(
                 f"decision_gradient={self.decision_gradient!r} needs train_gates=True."
             )
+        if self.teacher == "itself" and not self.distill:
+            raise ConfigError("teacher='itself' teaches nothing while distill=0; set distill=0.5.")
         if self.teacher == "itself" and self.arm == "control":
             raise ConfigError("teacher='itself' has nothing to teach arm='control'; drop one.")
         trains = self.backbone != "frozen" or self.train_gates or self.train_compensation
