@@ -110,7 +110,9 @@ def fit(
                 dense = DenseOutputs()
                 run_pass(model, [batch], observer=dense)
                 outputs.dense = dense.outputs
-                run_pass(model, [batch], thresholds=thresholds, observer=Several(outputs, scores))
+                # Without a compensation yet, the scores of the first pass stay as they are.
+                both = Several(outputs, scores) if compensations else outputs
+                run_pass(model, [batch], thresholds=thresholds, observer=both)
             if compensations:
                 _write_gates(modules, scores.moments, state.config)
             compensations = _write_compensation(modules, outputs.moments, state)
