@@ -67,7 +67,8 @@ RECIPES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         },
     ),
     "frozen": ({}, {"--backbone": "frozen"}),
-    "full": ({}, {"--backbone": "full", "--learning-rate": "1e-4"}),
+    # bfloat16 weights lose updates as small as these: float32 ones, under autocast.
+    "full": ({}, {"--backbone": "full", "--learning-rate": "1e-4", "--dtype": "auto"}),
     "compensation_fixed": ({}, {"--fixed-compensation": ""}),
     "linear": ({}, {"--schedule": "linear"}),
     "at_75": ({}, {"--schedule": "linear", "--budget": "0.75", "--budget-start": "0.75"}),

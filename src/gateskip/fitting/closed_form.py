@@ -42,6 +42,8 @@ RIDGE = 1e-4
 COMPENSATION_RIDGE = 1e-3
 MINIMUM_TOKENS = 1_000
 LOOP_TOKENS = 4_000
+LOOP_TOLERANCE = 0.01
+FIRST_TOKENS = 8_000
 FIT_KEEP = 0.65
 ROUNDS = 2
 
@@ -96,17 +98,22 @@ def fit(
     def title(text: str) -> str | None:
         return text if progress else None
 
+    # What a later round fits anew can do with every second batch of a long text.
+    again = state.config.compensation != "none" and rounds > 1
+    first = batches[::2] if again and tokens >= 2 * FIRST_TOKENS else batches
     scores = ScoreMoments({}, ungated=True)
-    run_pass(model, batches, observer=scores, title=title("Fitting gates"))
+    run_pass(model, first, observer=scores, title=title("Fitting gates"))
     r2 = _write_gates(modules, scores.moments, state.config)
     state.fitted = True
     if state.config.compensation != "none":
         short = to_batches(take_tokens(samples, LOOP_TOKENS), batch_tokens)
         compensations: dict[BranchKey, Compensation] = {}
+        thresholds = keep_all(state)
         for number in range(1, rounds + 1):
-            thresholds = _thresholds(model, state, short, fit_keep)
+            thresholds = _thresholds(model, state, short, fit_keep, thresholds)
             outputs, scores = CompensationMoments(), ScoreMoments(compensations, ungated=False)
-            for batch in shown(batches, title(f"Fitting compensation, {number} of {rounds}")):
+            text = first if number == 1 else batches
+            for batch in shown(text, title(f"Fitting compensation, {number} of {rounds}")):
                 dense = DenseOutputs()
                 run_pass(model, [batch], observer=dense)
                 outputs.dense = dense.outputs
@@ -116,7 +123,7 @@ def fit(
             if compensations:
                 _write_gates(modules, scores.moments, state.config)
             compensations = _write_compensation(modules, outputs.moments, state)
-        thresholds = _thresholds(model, state, short, fit_keep)
+        thresholds = _thresholds(model, state, short, fit_keep, thresholds)
         scores = ScoreMoments(compensations, ungated=False)
         run_pass(model, batches, thresholds=thresholds, observer=scores,
                  title=title("Fitting gates again"))  # fmt: skip
@@ -130,14 +137,23 @@ def _modules(model: nn.Module, state: GateSkipState) -> dict[BranchKey, nn.Modul
 
 
 def _thresholds(
-    model: nn.Module, state: GateSkipState, short: Sequence[Batch], keep: float
+    model: nn.Module,
+    state: GateSkipState,
+    short: Sequence[Batch],
+    keep: float,
+    near: dict[BranchKey, float],
 ) -> dict[BranchKey, float]:
-    """Cost-weighed thresholds that keep ``keep`` of the pairs, as the model is now."""
+    """Cost-weighed thresholds that keep ``keep`` of the pairs, as the model is now.
+
+    ``near`` is where the search begins: the last thresholds found, or ones that keep everything.
+    """
     lengths = [int(n) for batch in short for n in batch.mask.sum(1)]
     keys = sum(n * (n + 1) / 2 for n in lengths) / sum(lengths)
     split = Allocation.of(state, "global", True, keys)
-    start = measure(model, short, keep_all(state))
-    return closed_loop(model, short, split, keep, start, tolerance=0.01)[0]
+    start = measure(model, short, near)
+    if abs(start.keep - keep) <= LOOP_TOLERANCE:
+        return near
+    return closed_loop(model, short, split, keep, start, tolerance=LOOP_TOLERANCE)[0]
 
 
 def _write_compensation(

@@ -14,7 +14,6 @@ from torch import Tensor
 
 __all__ = ["Moments"]
 
-LARGE = 1024  # from here on a decomposition is cut short
 
 
 class Moments:
@@ -110,14 +109,16 @@ def _whitening(gram: Tensor, penalty: Tensor) -> Tensor:
 def _leading(a: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The first ``rank`` (or all) singular triples (U, S, Vᵀ) of a matrix.
 
-    Of a large matrix by subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) from a
-    fixed start: a full decomposition takes minutes a branch.
+    Of a matrix much larger than that by subspace iteration (Halko, Martinsson and Tropp 2011,
+    algorithm 4.4) from a fixed start: a full decomposition takes minutes for a branch of a large
+    model.
     """
     rank = min(rank, *a.shape)
-    if min(a.shape) <= LARGE:
+    columns = 2 * rank + 16
+    if min(a.shape) < 4 * columns:
         left, singular, right = torch.linalg.svd(a, full_matrices=False)
         return left[:, :rank], singular[:rank], right[:rank]
-    start = torch.randn(a.shape[1], 2 * rank + 16, generator=torch.Generator().manual_seed(0))
+    start = torch.randn(a.shape[1], columns, generator=torch.Generator().manual_seed(0))
     basis = torch.linalg.qr(a @ start.to(a)).Q
     for _ in range(8):
         basis = torch.linalg.qr(a @ torch.linalg.qr(a.T @ basis).Q).Q
