@@ -86,12 +86,14 @@ def gated(
     kind: str = "low_rank",
     importance: str = "mean_logit",
     dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> Any:
     """A tiny model with random gates that disagree about tokens, and random compensation."""
-    config = gateskip.GateConfig(
-        kind=kind, init_std=0.3, init_bias=1.0, rank=4, compensation=compensation,  # type: ignore[arg-type]
-        kv_source=kv_source, compensation_rank=4, importance=importance,  # type: ignore[arg-type]
-    )  # fmt: skip
+    given: dict[str, Any] = {
+        "kind": kind, "init_std": 0.3, "init_bias": 1.0, "rank": 4, "compensation": compensation,
+        "kv_source": kv_source, "compensation_rank": 4, "importance": importance,
+    }  # fmt: skip
+    config = gateskip.GateConfig(**(given | options))
     model = gateskip.attach(tiny(family, attention, dtype), config)
     state = state_of(model)
     generator = torch.Generator().manual_seed(1)

@@ -20,6 +20,9 @@ SCHEMA_VERSION: Final = 1
 BRANCH_KINDS: Final = ("attention", "mlp")
 ALLOCATIONS: Final = ("global", "uniform")
 KV_SOURCES: Final = ("project", "previous")
+GATE_INPUTS: Final = ("normalised", "raw")
+PLACEMENTS: Final = ("after", "before")
+DECISIONS: Final = ("branch", "layer")
 IMPORTANCES: Final = ("mean_logit", "mean_gate", "head", "random")
 #: Scores that are one dot product with the branch's input.
 LINEAR_IMPORTANCES: Final = ("mean_logit", "head")
@@ -43,9 +46,21 @@ class GateConfig:
     """How a model's branches are gated.
 
     Attributes:
-        kind: gate kind, a name in the gate registry (``"low_rank"``, ``"vector"``, ``"scalar"``).
-        rank: inner width of ``low_rank`` gates.
+        kind: gate kind, a name in the gate registry (``"low_rank"``, ``"vector"``, ``"scalar"``,
+            ``"grouped"``, ``"mlp"``, ``"shared"``).
+        rank: inner width of ``low_rank`` and ``mlp`` gates.
+        groups: values of a ``grouped`` gate; None takes as many as the model has attention heads.
         branches: which branch kinds get gates.
+        layer_step: gates in every ``layer_step``-th layer only; 2 is every second one, from the
+            second on.
+        gate_input: ``"normalised"``: a gate reads what its branch reads; ``"raw"``: the residual.
+        detach_input: whether the gate's input takes no gradient.
+        placement: where the gate acts: ``"after"`` the branch, on what it adds to the residual, or
+            ``"before"`` it, on its normalised input.
+        decision: ``"branch"``: every branch decides for itself; ``"layer"``: a layer's MLP is
+            skipped by the tokens that skip its attention.
+        protected_first: so many tokens at the beginning of each sequence are never skipped.
+        protected_ids: token ids that are never skipped.
         importance: what a token's score is made of: the gate's mean logit, the paper's mean
             gate value, a linear map of its own beside the gate (``"head"``), or nothing at all
             (``"random"``, the null that a policy has to beat).
@@ -59,7 +74,15 @@ class GateConfig:
 
     kind: str = "low_rank"
     rank: int = 16
+    groups: int | None = None
     branches: tuple[str, ...] = BRANCH_KINDS
+    layer_step: int = 1
+    gate_input: Literal["normalised", "raw"] = "normalised"
+    detach_input: bool = True
+    placement: Literal["after", "before"] = "after"
+    decision: Literal["branch", "layer"] = "branch"
+    protected_first: int = 1
+    protected_ids: tuple[int, ...] = ()
     importance: Literal["mean_logit", "mean_gate", "head", "random"] = "mean_logit"
     kv_source: Literal["project", "previous"] = "project"
     compensation: Literal["none", "mean", "low_rank"] = "low_rank"
@@ -72,23 +95,54 @@ class GateConfig:
         one_of("importance", self.importance, IMPORTANCES)
         one_of("kv_source", self.kv_source, KV_SOURCES)
         one_of("compensation", self.compensation, COMPENSATIONS)
-        for name in ("rank", "compensation_rank"):
+        one_of("gate_input", self.gate_input, GATE_INPUTS)
+        one_of("placement", self.placement, PLACEMENTS)
+        one_of("decision", self.decision, DECISIONS)
+        for name in ("rank", "compensation_rank", "groups", "layer_step", "protected_first"):
             value = getattr(self, name)
+            if name == "groups" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be an integer of at least 1.")
+        object.__setattr__(self, "protected_ids", tuple(self.protected_ids))
+        for token in self.protected_ids:
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise ConfigError(f"protected_ids: {token!r} is no token id.")
         if not self.branches:
             raise ConfigError("branches=() gates nothing; name 'attention', 'mlp' or both.")
         for kind in self.branches:
             one_of("branches", kind, BRANCH_KINDS)
         object.__setattr__(self, "branches", tuple(k for k in BRANCH_KINDS if k in self.branches))
+        if self.decision == "layer" and self.branches != BRANCH_KINDS:
+            raise ConfigError(
+                f"decision='layer' decides MLPs by their attention; branches={self.branches!r} "
+                "must be both."
+            )
         if not (math.isfinite(self.init_std) and self.init_std >= 0):
             raise ConfigError(f"init_std={self.init_std!r} must be a finite number of at least 0.")
         if not math.isfinite(self.init_bias):
             raise ConfigError(f"init_bias={self.init_bias!r} must be finite.")
 
+    def gates(self, key: BranchKey) -> bool:
+        """Whether a branch has a gate."""
+        return key[1] in self.branches and (key[0] + 1) % self.layer_step == 0
+
+    @property
+    def fusible(self) -> bool:
+        """Whether every branch is what the kernels compute: h + g(u) ⊙ f(u) with its own decision,
+        u the normalised residual."""
+        return (
+            self.branches == BRANCH_KINDS
+            and self.layer_step == 1
+            and self.gate_input == "normalised"
+            and self.placement == "after"
+            and self.decision == "branch"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary of all fields."""
-        return dataclasses.asdict(self) | {"branches": list(self.branches)}
+        lists = {"branches": list(self.branches), "protected_ids": list(self.protected_ids)}
+        return dataclasses.asdict(self) | lists
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:

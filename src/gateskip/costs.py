@@ -119,17 +119,25 @@ class BranchCost:
     skipped_weights: int
 
 
-def gate_macs(kind: str, hidden: int, rank: int) -> int:
+def gate_macs(kind: str, hidden: int, rank: int, groups: int = 1) -> int:
     """MACs of one gate value (all channels) for one token."""
-    by_kind = {"vector": hidden * hidden, "low_rank": 2 * hidden * rank, "scalar": hidden}
+    by_kind = {
+        "vector": hidden * hidden,
+        "shared": hidden * hidden,
+        "low_rank": 2 * hidden * rank,
+        "mlp": 2 * hidden * max(rank, 2),
+        "grouped": hidden * groups,
+        "scalar": hidden,
+    }
     if kind not in by_kind:
         raise ConfigError(f"kind={kind!r}: no cost is known for this gate kind.")
     return by_kind[kind]
 
 
-def gate_parameters(kind: str, hidden: int, rank: int) -> int:
+def gate_parameters(kind: str, hidden: int, rank: int, groups: int = 1) -> int:
     """Parameters of one gate, bias included."""
-    return gate_macs(kind, hidden, rank) + (1 if kind == "scalar" else hidden)
+    biases = {"scalar": 1, "grouped": groups}.get(kind, hidden)
+    return gate_macs(kind, hidden, rank, groups) + biases
 
 
 def compensation_macs(kind: str, hidden: int, rank: int) -> int:
@@ -147,20 +155,27 @@ def branch_cost(
             is one dot product whatever its kind.
     """
     attention = key[1] == "attention"
-    gated = key[1] in config.branches
+    gated = config.gates(key)
     computed = shape.macs_q_o + shape.macs_kv if attention else shape.macs_mlp_of(key[0])
     kind = "scalar" if alike else config.kind
-    gate = gate_macs(kind, shape.hidden, config.rank) if gated else 0
-    # The paper's importance needs the whole gate for every token; the mean logit one dot product.
+    groups = config.groups or shape.heads
+    gate = gate_macs(kind, shape.hidden, config.rank, groups) if gated else 0
+    # The paper's importance needs the whole gate for every token; the mean logit one dot product,
+    # or the first layer of a gate that is not linear.
     decision = {"mean_gate": gate, "random": 0}.get(config.importance, shape.hidden) if gated else 0
+    if kind == "mlp" and config.importance == "mean_logit":
+        decision = gate // 2 + max(config.rank, 2) if gated else 0
+    if config.decision == "layer" and not attention:
+        decision = 0
     comp = compensation_macs(config.compensation, shape.hidden, config.compensation_rank)
     kv = shape.macs_skipped_kv if attention and config.kv_source == "project" else 0
+    before = gate if kv and config.placement == "before" else 0  # keys and values are of g ⊙ u
     return BranchCost(
         computed=computed,
         per_key=shape.macs_per_key if attention else 0,
         kept_gate=gate,
         decision=decision,
-        skipped=(kv + comp) if gated else 0,
+        skipped=(kv + comp + before) if gated else 0,
         weights=computed,
         weights_kv=kv if gated else 0,
         gate_weights=gate + (shape.hidden if gated else 0),
@@ -179,5 +194,5 @@ def break_even_skip_rate(shape: ModelShape, config: GateConfig, keys: float) -> 
     kinds = ("attention", "mlp")
     costs = [branch_cost(shape, config, (i, kind)) for i in range(shape.layers) for kind in kinds]
     added = sum(c.kept_gate + c.decision for c in costs)
-    saved = sum(saved_macs(c, keys) for c in costs if c.decision)
+    saved = sum(saved_macs(c, keys) for c in costs if c.kept_gate)
     return added / saved if saved > 0 else float("inf")

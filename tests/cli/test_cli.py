@@ -131,6 +131,15 @@ def test_train_arms(folder: Path, tmp_path: Path, arm: str) -> None:
     assert (max(skipped) > 0) == (arm == "random")
 
 
+def test_train_a_full_backbone(folder: Path, tmp_path: Path) -> None:
+    found = as_json(
+        "train", folder / "base", "--data", folder / "data.jsonl", "--out", tmp_path / "out",
+        "--gates", folder / "gates", "--steps", 2, "--backbone", "full",
+    )  # fmt: skip
+    assert found["steps"] == 2
+    assert (tmp_path / "out" / "gateskip_backbone.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
@@ -263,7 +272,8 @@ def test_info_reads_the_config_alone(folder: Path, tmp_path: Path) -> None:
     found = as_json("info", tmp_path, "--context", 16)
     rows = {row["kind"]: row for row in found["gates"]}
     for kind, row in rows.items():
-        assert row["parameters"] == 2 * LAYERS * gate_parameters(kind, 64, 16)
+        gates = 2 if kind == "shared" else 2 * LAYERS
+        assert row["parameters"] == gates * gate_parameters(kind, 64, 16, groups=4)
     from gateskip.retrofit.attach import find_family
 
     hf_config = tiny().config

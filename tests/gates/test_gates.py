@@ -17,10 +17,11 @@ from gateskip.skipping.score import Norm, branch_score, single_score
 HIDDEN = 48
 KINDS = GATES.names()
 every_kind = pytest.mark.parametrize("kind", KINDS)
+every_linear_kind = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mlp"])
 
 
 def built(kind: str, **options: Any) -> Gate:
-    config = GateConfig(kind=kind, init_std=0.3, init_bias=0.7, rank=4, **options)
+    config = GateConfig(kind=kind, init_std=0.3, init_bias=0.7, rank=4, groups=6, **options)
     gate = GATES.get(kind).build(config, HIDDEN, torch.Generator().manual_seed(0))
     gate.score_scale.fill_(1.7)
     gate.score_shift.fill_(0.4)
@@ -34,7 +35,7 @@ def norm() -> LlamaRMSNorm:
 
 
 def test_kinds() -> None:
-    assert KINDS == ["low_rank", "scalar", "vector"]
+    assert KINDS == ["grouped", "low_rank", "mlp", "scalar", "shared", "vector"]
 
 
 @every_kind
@@ -54,7 +55,7 @@ def test_values(kind: str) -> None:
 
 @every_kind
 def test_initial_values(kind: str) -> None:
-    config = GateConfig(kind=kind)
+    config = GateConfig(kind=kind, groups=6)
     generator = torch.Generator().manual_seed(0)
     gate = GATES.get(kind).build(config, HIDDEN, generator)
     torch.manual_seed(5)
@@ -74,7 +75,7 @@ def test_spread_of_the_weights_is_init_std(kind: str) -> None:
     assert abs(float(weight.std()) - 0.02) < 2e-3
 
 
-@every_kind
+@every_linear_kind
 def test_mean_logit_weights_are_the_mean_of_the_logits(kind: str) -> None:
     gate, u = built(kind), torch.randn(7, HIDDEN)
     w, b = gate.mean_logit_weights()
@@ -196,7 +197,7 @@ def test_mean_gate_is_the_mean_gate(kind: str) -> None:
     torch.testing.assert_close(score, gate(layer_norm(h)).mean(-1))
 
 
-@every_kind
+@every_linear_kind
 @torch.no_grad()
 def test_single_score_is_branch_score(kind: str) -> None:
     gate, layer_norm = built(kind), norm()

@@ -18,7 +18,9 @@ def fit(
     model: Annotated[str, typer.Argument(help="Hugging Face folder or name of the base model.")],
     data: DataOption,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the gates.")],
-    kind: Annotated[str, typer.Option(help="Gate kind: low_rank, vector or scalar.")] = "low_rank",
+    kind: Annotated[
+        str, typer.Option(help="low_rank, vector, scalar, grouped, mlp or shared.")
+    ] = "low_rank",
     importance: Annotated[
         str,
         typer.Option(help="What ranks tokens: mean_logit, head (apart from the gate), mean_gate."),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["info"]
 
-KINDS = ("scalar", "low_rank", "vector")
+KINDS = ("scalar", "grouped", "low_rank", "mlp", "vector", "shared")
 
 
 def info(
@@ -97,11 +97,12 @@ def _row(shape: ModelShape, kind: str, options: dict[str, Any], keys: float) -> 
 
     config = GateConfig.from_json(options | {"kind": kind})
     costs = [branch_cost(shape, config, (0, branch)) for branch in config.branches]
+    each = gate_parameters(kind, shape.hidden, config.rank, config.groups or shape.heads)
     macs = shape.layers * sum(cost.kept_gate + cost.decision for cost in costs)
-    gates = shape.layers * len(costs)
+    gates = len(costs) * (1 if kind == "shared" else shape.layers)
     return {
         "kind": kind,
-        "parameters": gates * gate_parameters(kind, shape.hidden, config.rank),
+        "parameters": gates * each,
         "macs_per_token": macs,
         "share_of_decoder": macs / shape.dense_macs(keys),
         "break_even_skip_rate": break_even_skip_rate(shape, config, keys),

@@ -76,7 +76,7 @@ def train(
     ] = 0,
     kind: Annotated[
         str | None,
-        typer.Option(help="Gate kind: low_rank (default), vector or scalar; else as --gates."),
+        typer.Option(help="Gate kind, low_rank by default; else as --gates."),
     ] = None,
     fit: Annotated[
         bool, typer.Option("--fit/--no-fit", help="Fit gates first; the paper's order does not.")
@@ -180,9 +180,10 @@ def train(
         str(out / recipe.CHECKPOINTS), max_steps=steps, per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulate, learning_rate=rate, seed=seed,
         lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), weight_decay=0.001,
-        adam_beta2=0.95, bf16=mixed, logging_steps=max(1, min(10, steps // 10)),
-        save_steps=save_every, save_total_limit=2, report_to=[], disable_tqdm=True,
-        train_sampling_strategy="group_by_length", dataloader_pin_memory=torch.cuda.is_available(),
+        adam_beta2=0.95, bf16=mixed, use_cpu=not torch.accelerator.is_available(),
+        logging_steps=max(1, min(10, steps // 10)), save_steps=save_every, save_total_limit=2,
+        report_to=[], disable_tqdm=True, train_sampling_strategy="group_by_length",
+        dataloader_pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     bar = TrainingProgress(console)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -52,7 +53,10 @@ def attach(model: M, config: GateConfig | None = None) -> M:
             "AutoModelForCausalLM."
         )
     check_backend(hf_config)
-    state = GateSkipState(config, family, family.shape(model))
+    shape = family.shape(model)
+    if config.kind == "grouped" and config.groups is None:
+        config = dataclasses.replace(config, groups=shape.heads)
+    state = GateSkipState(config, family, shape)
     state.sources = family.sources(layers_of(model, family))
     state.base = fingerprint(model)
     install(model, family, config, state, WIRING)

@@ -46,10 +46,12 @@ def save(
 
     state = state_of(model)
     tensors: dict[str, Tensor] = {}
+    seen: set[nn.Module] = set()  # a gate of all layers is written once
     for (layer, kind), module in gated_branches(model, state.family).items():
         for part in ("skip_gate", "skip_compensation"):
             child = module._modules.get(part)
-            if child is not None:
+            if child is not None and child not in seen:
+                seen.add(child)
                 for name, tensor in child.state_dict().items():
                     gate = part == "skip_gate"
                     tensors[f"{layer}.{kind}.{part}.{name}"] = _stored(tensor, dtype, gate)
@@ -226,19 +228,14 @@ def fill(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], w
     """
     state = state_of(model)
     left = dict(tensors)
+    filled: set[nn.Module] = set()
     for (layer, kind), module in gated_branches(model, state.family).items():
         prefix = f"{layer}.{kind}."
         gate = module._modules["skip_gate"]
         assert gate is not None
-        wanted = gate.state_dict()
-        for name, mine in wanted.items():
-            found = left.pop(f"{prefix}skip_gate.{name}", None)
-            if found is None or found.shape != mine.shape:
-                raise CheckpointError(
-                    f"{where}: gate tensor {prefix}{name} is missing or misshapen."
-                )
-            wanted[name] = found
-        gate.load_state_dict(wanted)
+        if gate not in filled:
+            _fill_gate(gate, left, prefix, where)
+            filled.add(gate)
         parts = {
             n: left.pop(f"{prefix}skip_compensation.{n}", None) for n in ("bias", "down", "up")
         }
@@ -257,6 +254,17 @@ def fill(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], w
         state.default_budget = budget
 
 
+def _fill_gate(gate: nn.Module, left: dict[str, Tensor], prefix: str, where: str) -> None:
+    """Take a gate's tensors out of ``left``."""
+    wanted = gate.state_dict()
+    for name, mine in wanted.items():
+        found = left.pop(f"{prefix}skip_gate.{name}", None)
+        if found is None or found.shape != mine.shape:
+            raise CheckpointError(f"{where}: gate tensor {prefix}{name} is missing or misshapen.")
+        wanted[name] = found
+    gate.load_state_dict(wanted)
+
+
 def _fill_compensation(module: nn.Module, parts: dict[str, Tensor | None]) -> None:
     """Into the parameters that are there, which an optimiser may hold, or new ones."""
     bias = parts["bias"]
@@ -268,7 +276,9 @@ def _fill_compensation(module: nn.Module, parts: dict[str, Tensor | None]) -> No
         for name, tensor in parts.items()
     )
     if not fits:
-        set_compensation(module, Compensation(bias, parts["down"], parts["up"]))
+        # Copies: a file's tensors lie anywhere in memory, and sums depend on how they are aligned.
+        own = [None if t is None else t.clone() for t in (bias, parts["down"], parts["up"])]
+        set_compensation(module, Compensation(*own))  # type: ignore[arg-type]
         return
     with torch.no_grad():
         for name, tensor in parts.items():

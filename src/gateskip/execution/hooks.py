@@ -87,6 +87,7 @@ def decoder_hook(
         attention_mask=kwargs.get("attention_mask"),
         position_ids=kwargs.get("position_ids"),
         device=tokens.device,
+        input_ids=kwargs.get("input_ids"),
         # Only a ledger asks; under a graph gates compute every channel.
         alike=not compiling
         and over.recorder is not None

@@ -28,7 +28,6 @@ from gateskip.execution.stack import takes_stack, token_stack
 from gateskip.execution.token import YES, token_layer
 from gateskip.execution.trained_attention import CausalAttention
 from gateskip.skipping.call import Call
-from gateskip.skipping.join import join, join_at
 from gateskip.skipping.key_values import CacheWriter, flat_tokens, project_kv
 from gateskip.skipping.masked import masked_join
 
@@ -142,9 +141,10 @@ def _finish_whole(
             return base + o
     if gate is None:
         return base + o
+    kept_BTH = branch.join(base, o, u)
     if keep is None:
-        return join(base, o, u, gate)
-    out = masked_join(base, o, u, gate, keep, call.everyone(), branch.compensation)
+        return kept_BTH
+    out = masked_join(base, kept_BTH, u, keep, call.everyone(), branch.compensation)
     if call.objective is None:
         return out
     kept = keep.flatten().nonzero()[:, 0]
@@ -164,7 +164,7 @@ def _attention_single(
         o = attention(hidden_states=x, **inputs.whole(writer or inputs.cache))[0]
         if writer is not None and writer.written is not None:
             call.kv[layer] = writer.written
-        return join(base, branch.out(o), u, gate)
+        return branch.join(base, branch.out(o), u)
     call.computed[branch.key] = torch.zeros(1, dtype=torch.int64)
     if copies:
         assert branch.source is not None
@@ -200,7 +200,7 @@ def _attention_compacted(
         all_o = _attend_whole(branch, x, inputs, writer or inputs.cache)
         if writer is not None and writer.written is not None:
             call.kv[layer] = writer.written
-        out = join(base, all_o, u, gate).flatten(0, 1)
+        out = branch.join(base, all_o, u).flatten(0, 1)
         return _learnable(branch, out, all_o.flatten(0, 1), u.flatten(0, 1), kept).view_as(h)
     rounded = torch.is_grad_enabled() and skip.shape[0] > 0
     x_skip = u_skip = None
@@ -224,7 +224,7 @@ def _attention_compacted(
     else:
         writer, o, u = _attend_grid(branch, flat, inputs, keep, chosen, fill)
     if o is not None:
-        out = _learnable(branch, join_at(out, flat_base, o, u, gate, kept), o, u, kept)
+        out = _learnable(branch, branch.join_at(out, flat_base, o, u, kept), o, u, kept)
     if copies:
         assert writer.written is not None
         call.kv[layer] = writer.written
@@ -235,24 +235,22 @@ def _attention_fused(
     branch: Branch, flat: Tensor, inputs: AttentionInputs, chosen: Selection
 ) -> Tensor:
     """The whole branch on the CPU kernels; returns the flat stream after it."""
-    call, gate = branch.call, branch.gate
-    assert gate is not None
-    kept = chosen.kept
+    call, kept = branch.call, chosen.kept
     chosen.note(call, branch.key)
     index = call.valid_N
-    u_valid = branch.inputs_at(flat, index)[1]
+    x_valid, u_valid = branch.inputs_at(flat, index)
     whole = kept.shape[0] == flat.shape[0]
-    u = u_valid if whole else branch.inputs_at(flat, kept, rounded=True)[1]
-    given = (u, kept, chosen.counts) if kept.shape[0] else None
+    x, u = (x_valid, u_valid) if whole else branch.inputs_at(flat, kept, rounded=True)
+    given = (x, kept, chosen.counts) if kept.shape[0] else None
     call.padding[branch.key] = u.shape[0] - kept.shape[0]
-    o = attend(branch.module, branch.family, call, inputs, branch.key[0], (u_valid, index), given)
+    o = attend(branch.module, branch.family, call, inputs, branch.key[0], (x_valid, index), given)
     if whole:
         assert o is not None
-        return join(flat, o, u, gate, branch.score_N)
+        return branch.join(flat, o, u, branch.score_N)
     out = flat.clone()
     if o is not None:
         n = kept.shape[0]
-        out = join_at(out, flat, o[:n], u[:n], gate, kept, branch.score_N)
+        out = branch.join_at(out, flat, o[:n], u[:n], kept)
     if branch.compensation is None:
         return out
     skip = chosen.skipped
@@ -348,7 +346,8 @@ def _learnable(branch: Branch, out_NH: Tensor, o_MH: Tensor, u_MH: Tensor, kept:
         return out_NH
     assert gate is not None
     threshold = call.thresholds[branch.key]
-    change = call.objective.decision(gate, o_MH, u_MH, threshold, branch.compensation)
+    gained = o_MH if branch.before else None
+    change = call.objective.decision(gate, o_MH, u_MH, threshold, branch.compensation, gained)
     return out_NH if change is None else out_NH.index_add(0, kept, change.to(out_NH.dtype))
 
 
@@ -368,7 +367,7 @@ def _mlp(branch: Branch, h: Tensor, base: Tensor, *, owned: bool) -> Tensor:
     if call.single:
         if keep is YES or bool(keep):
             x, u = branch.inputs(h)
-            return join(base, branch.out(own_mlp(branch.module, x)), u, gate)
+            return branch.join(base, branch.out(own_mlp(branch.module, x)), u)
         call.computed[branch.key] = torch.zeros(1, dtype=torch.int64)
         if branch.compensation is None:
             return base
@@ -379,7 +378,7 @@ def _mlp(branch: Branch, h: Tensor, base: Tensor, *, owned: bool) -> Tensor:
     if kept.shape[0] == keep.numel():
         x, u = branch.inputs_at(flat, None)
         o = _run_mlp(branch, x)
-        out = join(flat_base, o, u, gate, branch.score_N)
+        out = branch.join(flat_base, o, u, branch.score_N)
         return _learnable(branch, out, o, u, kept).view_as(h)
     chosen.note(call, branch.key)
     skip = u_skip = None
@@ -392,7 +391,7 @@ def _mlp(branch: Branch, h: Tensor, base: Tensor, *, owned: bool) -> Tensor:
         call.padding[branch.key] = u.shape[0] - n
         o, u = _run_mlp(branch, x)[:n], u[:n]
         out = flat_base if owned else flat_base.clone()
-        out = join_at(out, flat_base, o, u, gate, kept, branch.score_N)
+        out = branch.join_at(out, flat_base, o, u, kept)
         out = _learnable(branch, out, o, u, kept)
     else:
         out = flat_base if owned else flat_base.clone()

@@ -37,6 +37,8 @@ class Plan:
         self.tensors: list[tuple[Tensor, int]] = []
         self.versions: list[tuple[Tensor, int]] = []
         self.hooks: list[dict[Any, Any]] = []
+        if not gate.decides_linearly():
+            raise _UnfitError
         self.gate, self.generation = gate, gate.generation
         self.backend = self.current_backend()
         self.dtype = self._parameter(norm, "weight").dtype
@@ -171,7 +173,10 @@ def _gate_matrices(gate: Gate) -> tuple[tuple[Tensor | None, Tensor, Tensor], bo
     if alike is not None:
         w_H, b = alike
         return (None, w_H, torch.full((1,), b, dtype=torch.float32, device=w_H.device)), True
-    a, b_matrix, bias = gate.factors()
+    factors = gate.factors()
+    if factors is None:
+        raise _UnfitError
+    a, b_matrix, bias = factors
     parts = [t.detach().contiguous() for t in (b_matrix, bias)]
     return (None if a is None else a.detach().contiguous(), *parts), False  # type: ignore[return-value]
 

@@ -38,7 +38,7 @@ def takes_tokens(call: Call, layer: nn.Module, h_11H: Tensor) -> bool:
         and call.scores is None
         and config.kv_source == "project"
         and config.importance in LINEAR_IMPORTANCES
-        and tuple(config.branches) == ("attention", "mlp")
+        and config.fusible
         and not layer.training
         and _attends_as_sdpa(getattr(layer, call.state.family.attention))
         and kernels.readable(h_11H)

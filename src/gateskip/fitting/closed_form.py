@@ -192,13 +192,25 @@ def _zero(state: GateSkipState, config: GateConfig) -> Compensation:
 def _write_gates(
     modules: dict[BranchKey, nn.Module], moments: dict[BranchKey, Moments], config: GateConfig
 ) -> dict[BranchKey, float]:
-    r2 = {}
-    for key, module in modules.items():
-        m_F1, intercept = moments[key].solve(RIDGE)
-        r2[key] = moments[key].r2(m_F1, intercept)
-        centre = float(moments[key].mean_target()[0])
-        write_score(gate_of(module), m_F1[:, 0], float(intercept[0]), centre, config.init_bias)
+    r2: dict[BranchKey, float] = {}
+    for gate, keys in _by_gate(modules).items():
+        joint = moments[keys[0]]
+        if len(keys) > 1:  # one gate for all layers
+            joint = Moments(joint.xx.shape[0] - 1, 1, joint.device)
+            for key in keys:
+                joint.include(moments[key])
+        m_F1, intercept = joint.solve(RIDGE)
+        r2 |= {key: moments[key].r2(m_F1, intercept) for key in keys}
+        centre = float(joint.mean_target()[0])
+        write_score(gate, m_F1[:, 0], float(intercept[0]), centre, config.init_bias)
     return r2
+
+
+def _by_gate(modules: dict[BranchKey, nn.Module]) -> dict[Gate, list[BranchKey]]:
+    found: dict[Gate, list[BranchKey]] = {}
+    for key, module in modules.items():
+        found.setdefault(gate_of(module), []).append(key)
+    return found
 
 
 def write_score(

@@ -65,25 +65,25 @@ class Allocation:
         name: ``"global"``: one threshold θ on 2·s − w·log(MACs a skip saves), or on s where cost
             is not weighed; ``"uniform"``: every branch keeps the same share.
         offsets: w/2·log(MACs saved) per branch, or zeros.
+        pairs: token×branch pairs that one score decides: 2 where it is a layer's.
     """
 
     name: str
     offsets: dict[BranchKey, float]
+    pairs: int = 1
 
     @classmethod
     def of(cls, state: GateSkipState, name: str, weigh_cost: bool, keys: float) -> Allocation:
         """Offsets from the model's costs at ``keys`` visible keys."""
         costs = state.costs()
-        weigh = weigh_cost and name == "global"
-        return cls(
-            name,
-            {
-                branch: COST_WEIGHT / 2 * math.log(max(saved_macs(costs[branch], keys), 1.0))
-                if weigh
-                else 0.0
-                for branch in state.branches
-            },
-        )
+        whole = state.config.decision == "layer"
+        if not (weigh_cost and name == "global"):
+            return cls(name, dict.fromkeys(state.branches, 0.0), 2 if whole else 1)
+        saved = {branch: saved_macs(costs[branch], keys) for branch in state.branches}
+        if whole:
+            saved = {(i, kind): saved[i, "attention"] + saved[i, "mlp"] for i, kind in saved}
+        offsets = {b: COST_WEIGHT / 2 * math.log(max(macs, 1.0)) for b, macs in saved.items()}
+        return cls(name, offsets, 2 if whole else 1)
 
     def thresholds(self, measured: Measured, keep: float) -> dict[BranchKey, float]:
         """Thresholds that would keep ``keep`` of the pairs at the measured scores.
@@ -91,13 +91,14 @@ class Allocation:
         An order statistic, so ties never skip more than was asked.
         """
         if self.name == "uniform":
-            share = measured.pairs / max(sum(len(s) for s in measured.scores.values()), 1)
+            decided = self.pairs * sum(len(s) for s in measured.scores.values())
+            share = measured.pairs / max(decided, 1)
             return {
                 branch: order_statistic(s, (1.0 - keep) * len(s) * share)
                 for branch, s in measured.scores.items()
             }
         pooled = np.concatenate([s - self.offsets[b] for b, s in measured.scores.items()])
-        theta = order_statistic(pooled, (1.0 - keep) * measured.pairs)
+        theta = order_statistic(pooled, (1.0 - keep) * measured.pairs / self.pairs)
         return {branch: theta + self.offsets[branch] for branch in measured.scores}
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 __all__ = ["Moments"]
 
 
-
 class Moments:
     """Second moments of features and targets, added up batch by batch.
 
@@ -44,6 +43,12 @@ class Moments:
         self.xx += (x.T @ x).double().to(self.xx.device)
         self.xy += (x.T @ y).double().to(self.xy.device)
         self.yy += y.square().sum(0).double().to(self.yy.device)
+
+    def include(self, other: Moments) -> None:
+        """Add the tokens of another."""
+        self.count += other.count
+        for mine, more in ((self.xx, other.xx), (self.xy, other.xy), (self.yy, other.yy)):
+            mine += more.to(mine.device)
 
     def _centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         xx, xy = self.xx.to(self.device), self.xy.to(self.device)

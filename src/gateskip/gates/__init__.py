@@ -9,6 +9,13 @@ from gateskip.registry import Registry
 __all__ = ["GATES", "Gate", "no_autocast", "version"]
 
 GATES: Registry[type[Gate]] = Registry("gate kind", "gateskip.gates")
-_BUILT_IN = {"low_rank": "LowRankGate", "scalar": "ScalarGate", "vector": "VectorGate"}
+_BUILT_IN = {
+    "grouped": "GroupedGate",
+    "low_rank": "LowRankGate",
+    "mlp": "MlpGate",
+    "scalar": "ScalarGate",
+    "shared": "SharedGate",
+    "vector": "VectorGate",
+}
 for _kind, _attribute in _BUILT_IN.items():
     GATES.register(_kind, f"gateskip.gates.{_kind}:{_attribute}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,11 @@ class Gate(nn.Module, ABC):
     bfloat16 values are 0.004 apart, and ranks would collapse into ties.
     """
 
+    #: Whether all layers have one and the same gate for their attention, and one for their MLP.
+    shared: ClassVar[bool] = False
+    #: False lets the loss through the gate's input into the residual stream.
+    detach_input: bool = True
+
     score_scale: Tensor
     score_shift: Tensor
     score_weight: nn.Parameter | None
@@ -66,6 +71,7 @@ class Gate(nn.Module, ABC):
         self.score_weight = self.score_bias = None
         self._decision_cache: tuple[Any, Tensor, float] | None = None
         self._alike_cache: tuple[Any, tuple[Tensor, float] | None] | None = None
+        self._linear_cache: tuple[Any, bool] | None = None
         #: Grows when anything derived from the weights may be out of date.
         self.generation = 0
 
@@ -80,15 +86,37 @@ class Gate(nn.Module, ABC):
 
     @abstractmethod
     def mean_logit_weights(self) -> tuple[Tensor, Tensor]:
-        """(w [H], b []) with mean(z) = w·u + b, differentiable."""
+        """(w [H], b []) with mean(z) = w·u + b, differentiable; of a gate that is linear."""
+
+    def mean_logit(self, u_NH: Tensor) -> Tensor:
+        """mean(z) of float32 inputs ``[...]``, for gates that need not be linear."""
+        return self.logits(u_NH).mean(-1)
+
+    def linear(self) -> bool:
+        """Whether z is linear in u."""
+        return True
+
+    def decides_linearly(self) -> bool:
+        """Whether the score is one dot product with u; cached until a weight changes."""
+        if self.score_weight is not None or type(self).linear is Gate.linear:
+            return True
+        stamp = self._stamp()
+        if self.training or self._linear_cache is None or self._linear_cache[0] != stamp:
+            with torch.no_grad():
+                self._linear_cache = (stamp, self.linear())
+        return self._linear_cache[1]
+
+    def _stamp(self) -> Any:
+        return tuple((version(p), p.data_ptr()) for p in self.parameters(recurse=False))
 
     @abstractmethod
     def set_direction(self, w_H: Tensor, shift: float) -> None:
         """Write z = w·u + shift on every channel; other directions are set to contribute zero."""
 
     @abstractmethod
-    def factors(self) -> tuple[Tensor | None, Tensor, Tensor]:
-        """(A [R, H] or None, B [G, R or H], bias [G]) with z = B·(A·u) + bias."""
+    def factors(self) -> tuple[Tensor | None, Tensor, Tensor] | None:
+        """(A [R, H] or None, B [G, R or H], bias [G]) with z = B·(A·u) + bias; None where z is not
+        linear in u."""
 
     @abstractmethod
     def channels_alike(self) -> bool:
@@ -96,8 +124,7 @@ class Gate(nn.Module, ABC):
 
     def one_logit(self) -> tuple[Tensor, float] | None:
         """(w [H], b) with z = w·u + b on every channel, or None; cached until a weight changes."""
-        parts = list(self.parameters(recurse=False))
-        stamp = tuple((version(p), p.data_ptr()) for p in parts)
+        stamp = self._stamp()
         if self.training or self._alike_cache is None or self._alike_cache[0] != stamp:
             with torch.no_grad(), no_autocast(self.score_scale):
                 found = None
@@ -138,6 +165,14 @@ class Gate(nn.Module, ABC):
             w_H, b = self.mean_logit_weights()
             return w_H / self.score_scale, (b - self.score_shift) / self.score_scale
 
+    def score(self, u_NH: Tensor) -> Tensor:
+        """Scores of inputs ``[..., H]`` of any float dtype, float32 ``[...]``, differentiable."""
+        with no_autocast(u_NH):
+            if self.decides_linearly():
+                w_H, b = self.decision_weights()
+                return u_NH.float() @ w_H + b
+            return (self.mean_logit(u_NH.float()) - self.score_shift) / self.score_scale
+
     def score_affine(self) -> tuple[float, float] | None:
         """(a, b) with mean logit = a·score + b; None where the score is not made of it."""
         if self.score_weight is not None:
@@ -161,7 +196,7 @@ class Gate(nn.Module, ABC):
         return super().train(mode)
 
     def _forget(self) -> None:
-        self._decision_cache = self._alike_cache = None
+        self._decision_cache = self._alike_cache = self._linear_cache = None
         vars(self).pop("_scaled", None)
         self.generation += 1
 

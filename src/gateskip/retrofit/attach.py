@@ -129,16 +129,24 @@ def install(
     gate_class = GATES.get(config.kind)
     try:
         classes: dict[type[nn.Module], type[nn.Module]] = {}
+        common: dict[str, Gate] = {}
         decoder = decoder_of(model, family)
         for index, layer in enumerate(layers_of(model, family)):
             for kind in config.branches:
+                if not config.gates((index, kind)):
+                    continue
                 module = branch_module(layer, family, kind)
-                device = device_of(module)
-                gate = gate_class.build(config, hidden, generator)
-                if config.importance == "head":
-                    gate.add_head(hidden)
-                gate.to(device)
-                gate.train(module.training)
+                gate = common.get(kind)
+                if gate is None:
+                    gate = gate_class.build(config, hidden, generator)
+                    gate.detach_input = config.detach_input
+                    if config.importance == "head":
+                        gate.add_head(hidden)
+                    gate.to(device_of(module))
+                    gate.train(module.training)
+                if gate_class.shared:
+                    common[kind] = gate
+                    _check_device(gate, module, config.kind)
                 module.add_module(GATE_NAME, gate)
             base = type(layer)
             classes.setdefault(base, _gated_class(base, wiring.layer_forward))
@@ -157,6 +165,14 @@ def install(
     except BaseException:
         uninstall(model, family, wiring)
         raise
+
+
+def _check_device(gate: Gate, module: nn.Module, kind: str) -> None:
+    if gate.score_scale.device != device_of(module):
+        raise UnsupportedError(
+            f"kind={kind!r} has one gate for all layers, and these are on several devices; choose "
+            "another kind, or one device."
+        )
 
 
 def _check_layers(model: nn.Module, family: FamilySpec) -> None:

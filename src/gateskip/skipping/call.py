@@ -49,6 +49,7 @@ class Call:
         position_ids: Tensor | None,
         device: torch.device,
         alike: bool = False,
+        input_ids: Tensor | None = None,
     ) -> None:
         self.state = state
         self.batch, self.new, self.past = batch, new, past
@@ -78,7 +79,7 @@ class Call:
         self.stacked = False
         self._valid_N: Tensor | None = None
         self.mask_2d = _two_dimensional(attention_mask, batch, past + new, over.generating)
-        self.valid_BT, self.protected_BT = self._tokens(position_ids)
+        self.valid_BT, self.protected_BT = self._tokens(position_ids, input_ids)
         one = batch == 1 and new == 1 and self.valid_BT is None
         # Elsewhere than on a CPU a Python decision would wait for the device at every branch.
         self.single = one and device.type == "cpu"
@@ -149,7 +150,28 @@ class Call:
         ramp = torch.arange(self.past + 1, self.past + self.new + 1, device=self.device)
         return ramp.expand(self.batch, self.new)
 
-    def _tokens(self, position_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _tokens(
+        self, position_ids: Tensor | None, input_ids: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(valid, protected), None where all are, and where none is."""
+        valid_BT = self._valid_tokens()
+        protected_BT = self._beginnings(position_ids)
+        named = self.state.config.protected_ids
+        if named:
+            if input_ids is None:
+                raise UnsupportedError(
+                    f"protected_ids={named} needs input_ids, and the model was given embeddings; "
+                    "attach with protected_ids=()."
+                )
+            wanted = torch.tensor(named, dtype=input_ids.dtype, device=input_ids.device)
+            protected_BT = protected_BT | torch.isin(input_ids, wanted)
+        if torch.compiler.is_compiling():  # a graph cannot ask
+            return valid_BT, protected_BT
+        if valid_BT is not None and bool(valid_BT.all()):
+            valid_BT = None
+        return valid_BT, protected_BT if bool(protected_BT.any()) else None
+
+    def _valid_tokens(self) -> Tensor | None:
         end = self.past + self.new
         if self.mask_2d is not None:
             if self.mask_2d.shape[1] < end:
@@ -157,25 +179,24 @@ class Call:
                     f"attention_mask of shape {tuple(self.mask_2d.shape)} covers fewer than the "
                     f"{end} cached and new tokens; pass a mask over all of them."
                 )
-            mask = self.mask_2d.bool()
-            valid_BT: Tensor | None = mask[:, self.past : end]
-            first_B1 = mask.to(torch.uint8).argmax(-1, keepdim=True)
-            columns = torch.arange(self.past, end, device=self.device)
-            protected_BT = columns[None] == first_B1
-            assert valid_BT is not None
-            if torch.compiler.is_compiling():  # a graph cannot ask
-                return valid_BT, protected_BT
-            if bool(valid_BT.all()):
-                valid_BT = None
-            return valid_BT, protected_BT if bool(protected_BT.any()) else None
-        protected_BT = torch.zeros(self.batch, self.new, dtype=torch.bool, device=self.device)
-        protected_BT[:, 0] = self.past == 0
-        if position_ids is not None and self.new > 1:
-            reset = position_ids[:, 1:] != position_ids[:, :-1] + 1
-            protected_BT[:, 1:] |= reset.to(self.device)
-        if torch.compiler.is_compiling():
-            return None, protected_BT
-        return None, protected_BT if bool(protected_BT.any()) else None
+            return self.mask_2d.bool()[:, self.past : end]
+        return None
+
+    def _beginnings(self, position_ids: Tensor | None) -> Tensor:
+        """The first tokens of each sequence, as many as the config protects, bool ``[B, T]``."""
+        end, first = self.past + self.new, self.state.config.protected_first
+        columns = torch.arange(self.past, end, device=self.device)
+        if self.mask_2d is not None:
+            start_B1 = self.mask_2d.to(torch.uint8).argmax(-1, keepdim=True)
+            return (columns[None] >= start_B1) & (columns[None] < start_B1 + first)
+        begins = torch.zeros(self.batch, self.new, dtype=torch.bool, device=self.device)
+        begins[:, 0] = self.past == 0
+        if position_ids is not None and self.new > 1:  # packed sequences
+            begins[:, 1:] |= (position_ids[:, 1:] != position_ids[:, :-1] + 1).to(self.device)
+        found = begins | (columns[None] < first) if self.past else begins.clone()
+        for n in range(1, min(first, self.new)):
+            found[:, n:] |= begins[:, :-n]
+        return found
 
 
 def _by_row(

@@ -23,7 +23,15 @@ from gateskip.retrofit.devices import comes_and_goes
 from gateskip.retrofit.families import FamilySpec
 from gateskip.retrofit.listeners import listened
 
-__all__ = ["Norm", "branch_score", "normed_at", "random_score", "scaled_vector", "single_score"]
+__all__ = [
+    "RAW",
+    "Norm",
+    "branch_score",
+    "normed_at",
+    "random_score",
+    "scaled_vector",
+    "single_score",
+]
 
 RESIDUAL_EPS = 1e-6
 
@@ -35,7 +43,7 @@ class Norm:
     Attributes:
         module: the family's norm. None in post-norm families: the branch reads the residual as it
             is, and its gate the residual over its rms, whose scale grows with depth.
-        eps: the norm's epsilon. kind: as in ``FamilySpec``.
+        eps: the norm's epsilon. kind: as in ``FamilySpec``, or ``"raw"`` for no norm at all.
     """
 
     module: nn.Module | None
@@ -56,6 +64,8 @@ class Norm:
         if self.module is not None:
             out: Tensor = self.module(h)
             return out
+        if self.kind == "raw":
+            return h
         return nn.functional.rms_norm(h, h.shape[-1:], eps=self.eps)
 
     @property
@@ -63,7 +73,7 @@ class Norm:
         """Whether it multiplies by a vector over the rms, so that a score is one dot product."""
         if self.module is not None and comes_and_goes(self.module):
             return False  # its weight may be read by itself only
-        return self.kind != "layer"
+        return self.kind not in ("layer", "raw")
 
     @property
     def hooked(self) -> bool:
@@ -91,6 +101,10 @@ class Norm:
         return weight.data_ptr(), version(weight)
 
 
+#: The gate's input is the residual as it is.
+RAW = Norm(None, 0.0, "raw")
+
+
 def branch_score(
     h_BTH: Tensor, norm: Norm, gate: Gate, importance: str
 ) -> tuple[Tensor, Tensor | None]:
@@ -104,11 +118,14 @@ def branch_score(
         gate: the branch's gate.
         importance: ``"mean_logit"``, ``"head"`` or ``"mean_gate"``.
     """
-    if importance == "mean_gate" or not norm.scales:
+    bent = not gate.decides_linearly()
+    if importance == "mean_gate" or bent or not norm.scales:
         with torch.no_grad():
             u_BTH = norm(h_BTH)
         if importance == "mean_gate":
             return gate(u_BTH.detach()).mean(-1), None
+        if bent:
+            return gate.score(u_BTH.detach()), None
         w_H, b = gate.decision_weights() if uncached() else gate.decision_vector()
         with no_autocast(u_BTH):
             return torch.matmul(u_BTH.detach().float(), w_H) + b, None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gateskip.config import BranchKey, Budget, GateConfig, RowBudgets, one_of
 from gateskip.costs import BranchCost, ModelShape, branch_cost
-from gateskip.errors import AttachError, BudgetError
+from gateskip.errors import AttachError, BudgetError, ConfigError
 from gateskip.skipping.policy import ThresholdTable
 
 __all__ = ["GateSkipState", "Override", "current", "override", "state_of"]
@@ -47,8 +47,15 @@ class GateSkipState:
         self.backbone_trained = False
         self.base: dict[str, Any] = {}
         self.branches: tuple[BranchKey, ...] = tuple(
-            (layer, kind) for layer in range(shape.layers) for kind in config.branches
+            (layer, kind)
+            for layer in range(shape.layers)
+            for kind in config.branches
+            if config.gates((layer, kind))
         )
+        if not self.branches:
+            raise ConfigError(
+                f"layer_step={config.layer_step} leaves no gate in {shape.layers} layers; lower it."
+            )
 
     def resolve(self, budget: Budget | RowBudgets | None) -> Thresholds | None:
         """Thresholds at ``budget``; None keeps everything. Raises BudgetError.

@@ -70,12 +70,21 @@ class GateObjective:
         self.tokens = int(valid_BT.sum())
 
     def decision(
-        self, gate: Gate, o_MH: Tensor, u_MH: Tensor, threshold: float, instead: nn.Module | None
+        self,
+        gate: Gate,
+        o_MH: Tensor,
+        u_MH: Tensor,
+        threshold: float,
+        instead: nn.Module | None,
+        gained_MH: Tensor | None = None,
     ) -> Tensor | None:
         """Zeros ``[M, H]`` whose gradient is that of keeping a token (straight-through).
 
         With p = σ((s − τ)/T): (p − p) · (g ⊙ o − c(u)), of kept tokens only; what a skipped token
         would have got was not computed.
+
+        Args:
+            gained_MH: what the branch adds, where that is not g ⊙ o.
         """
         if not self.temperature:
             return None
@@ -83,15 +92,14 @@ class GateObjective:
             raise UnsupportedError("decision_gradient takes one budget for all rows.")
         p_M = self._soft(gate, u_MH.detach(), threshold)
         with torch.no_grad():
-            gain_MH = gate(u_MH) * o_MH.float()
+            gain_MH = gate(u_MH) * o_MH.float() if gained_MH is None else gained_MH.float()
             if instead is not None:
                 gain_MH = gain_MH - instead(u_MH).float()
         return (p_M - p_M.detach())[:, None] * gain_MH
 
     def _soft(self, gate: Gate, u: Tensor, threshold: float) -> Tensor:
-        w_H, b = gate.decision_weights()
         with no_autocast(u):
-            return torch.sigmoid((u.float() @ w_H + b - threshold) / self.temperature)
+            return torch.sigmoid((gate.score(u) - threshold) / self.temperature)
 
     def mean(self, tokens: Tensor | int | None = None) -> Tensor:
         """The penalty, over ``tokens`` valid tokens (of a whole accumulated batch) or its own."""
