@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gateskip.execution.api import attach, budget, detach, execution, set_budget, trace
     from gateskip.execution.checkpoint import load, save
     from gateskip.execution.compiled import compile_masked
+    from gateskip.execution.hub import push_to_hub
     from gateskip.fitting.closed_form import FitReport, fit
     from gateskip.training import GateSkipTrainer, GateSkipTrainingConfig
 
@@ -53,6 +54,7 @@ __all__ = [
     "execution",
     "fit",
     "load",
+    "push_to_hub",
     "save",
     "set_budget",
     "trace",
@@ -67,6 +69,7 @@ _HOMES = {
     ),
     "gateskip.execution.checkpoint": ("load", "save"),
     "gateskip.execution.compiled": ("compile_masked",),
+    "gateskip.execution.hub": ("push_to_hub",),
     "gateskip.fitting.closed_form": ("FitReport", "fit"),
     "gateskip.training": ("GateSkipTrainer", "GateSkipTrainingConfig"),
 }  # fmt: skip

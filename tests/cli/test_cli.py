@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import subprocess
 import sys
@@ -11,66 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from commands import as_json, fails, run
 from typer.testing import CliRunner
 
 from gateskip.cli.main import app, main
 from gateskip.config import GateConfig
 from gateskip.costs import break_even_skip_rate, gate_parameters
-from models import LAYERS, VOCAB, tiny
-
-SPECIAL = ["<pad>", "<s>", "</s>"]
-WORDS = [f"w{n}" for n in range(VOCAB - len(SPECIAL))]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """base/, a model with a tokenizer; data.jsonl; gates/, made by the command itself."""
-    root = tmp_path_factory.mktemp("cli")
-    tiny().save_pretrained(root / "base")
-    vocabulary = {word: index for index, word in enumerate(SPECIAL + WORDS)}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
-    words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-    tokenizer.save_pretrained(root / "base")
-    choose = random.Random(0)
-    rows = [{"text": " ".join(choose.choices(WORDS, k=48))} for _ in range(24)]
-    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = as_json(
-        "fit", root / "base", "--data", root / "data.jsonl", "--out", root / "gates",
-        "--rank", 4, "--compensation-rank", 4,
-    )  # fmt: skip
-    assert len(found["r2"]) == 2 * LAYERS
-    return root
-
-
-def run(*arguments: object) -> str:
-    """Run a command that must succeed; its standard output."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == 0, (result.output, result.exception)
-    return str(result.stdout)
-
-
-def as_json(*arguments: object) -> Any:
-    return json.loads(run(*arguments, "--json", "-"))
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Run a command that must fail; its one line on standard error."""
-    with pytest.raises(SystemExit) as stopped:
-        main([str(a) for a in arguments])
-    assert stopped.value.code == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    lines = captured.err.splitlines()
-    assert len(lines) == 1, captured.err
-    assert lines[0].startswith("error: ")
-    return lines[0]
+from models import LAYERS, tiny
 
 
 def test_fit_wrote_gates(folder: Path) -> None:
@@ -167,7 +113,7 @@ def test_an_arm_is_what_the_gates_are(
     start = ("train", folder / "base", *data, "--out", tmp_path / "out", "--gates")
     gates = folder / "gates"
     assert "importance='mean_logit'" in fails(capsys, *start, gates, "--arm", "random")
-    assert "gates of kind 'low_rank'" in fails(capsys, *start, gates, "--kind", "vector")
+    assert "gates with 'low_rank'" in fails(capsys, *start, gates, "--kind", "vector")
     assert "importance='mean_logit'" in fails(capsys, "eval", gates, *data, "--arm", "random")
 
 

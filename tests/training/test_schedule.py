@@ -46,7 +46,7 @@ def test_keep_budgets() -> None:
         ({"lora_rank": 0}, "lora_rank"),
         ({"backbone": "frozen", "train_compensation": False}, "nothing else to train"),
         ({"backbone": "frozen", "arm": "control"}, "nothing else to train"),
-        ({"schedule": "cosine"}, "schedule"),
+        ({"schedule": "cosin"}, "Did you mean 'cosine'"),
     ],
 )
 def test_bad_options(options: dict[str, object], match: str) -> None:

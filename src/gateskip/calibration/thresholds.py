@@ -9,7 +9,7 @@ from typing import Any
 from rich.progress import Progress
 from torch import nn
 
-from gateskip.config import ALLOCATIONS, one_of
+from gateskip.config import ALLOCATIONS, BranchKey, one_of
 from gateskip.data import count_tokens, encode, take_tokens, to_batches
 from gateskip.errors import BudgetError, DataError
 from gateskip.fitting.closed_loop import Allocation, closed_loop, keep_all, measure
@@ -90,6 +90,41 @@ def calibrate(
     state.policy = table
     _keep_budget(state)
     return table
+
+
+def table_of(
+    model: nn.Module, data: Any, thresholds: dict[BranchKey, float], tokenizer: Any = None,
+    *, max_tokens: int | None = 12_000, max_length: int = 512,
+) -> ThresholdTable:  # fmt: skip
+    """A table of two points, full and these thresholds, with what they realise on ``data``.
+
+    Raises:
+        DataError: fewer than 1,000 tokens. BudgetError: the thresholds skip nobody.
+    """
+    state = state_of(model)
+    samples = take_tokens(encode(data, tokenizer, max_length), max_tokens)
+    tokens = count_tokens(samples)
+    check_tokens(tokens)
+    batches = to_batches(samples)
+    every = measure(model, batches, keep_all(state))
+    lowest = {key: float(scores.min()) for key, scores in every.scores.items()}
+    seen = measure(model, batches, thresholds)
+    if not (seen.keep < every.keep and seen.compute < every.compute):
+        raise BudgetError("thresholds skip nobody on data; train longer, or calibrate.")
+    lengths = [sample.ids.shape[0] for sample in samples]
+    rows = [
+        tuple(min(lowest.get(b, -math.inf), thresholds[b]) for b in state.branches),
+        tuple(thresholds[b] for b in state.branches),
+    ]
+    return ThresholdTable(
+        allocation="global",
+        weigh_cost=True,
+        keep=(1.0, seen.keep),
+        compute=(every.compute, seen.compute),
+        thresholds=tuple(rows),
+        tokens=tokens,
+        mean_keys=sum(n * (n + 1) / 2 for n in lengths) / sum(lengths),
+    )
 
 
 def check_tokens(tokens: int) -> None:

@@ -22,10 +22,12 @@ from gateskip.cli.output import (
     console_for,
     write_json,
 )
+from gateskip.cli.settings import configurable
 
 __all__ = ["bench"]
 
 
+@configurable()
 def bench(
     gates: GatesArgument,
     data: Annotated[

@@ -11,11 +11,13 @@ import typer
 from gateskip.cli.fit import print_floor
 from gateskip.cli.loading import BaseOption, DataOption, DtypeOption, GatesArgument, load_gated
 from gateskip.cli.output import STDOUT, JsonOption, check_json, console_for, write_json
+from gateskip.cli.settings import configurable
 from gateskip.config import ALLOCATIONS, one_of
 
 __all__ = ["calibrate"]
 
 
+@configurable()
 def calibrate(
     gates: GatesArgument,
     data: DataOption,

@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from gateskip.evaluation.quality import QualityRow
+from gateskip.cli.settings import configurable
 
 __all__ = ["evaluate"]
 
 
+@configurable()
 def evaluate(
     gates: GatesArgument,
     data: DataOption,

@@ -18,11 +18,13 @@ from gateskip.cli.loading import (
     one_budget,
 )
 from gateskip.cli.output import JsonOption, check_json, console_for, write_json
+from gateskip.cli.settings import configurable
 from gateskip.errors import OutputError
 
 __all__ = ["explain"]
 
 
+@configurable()
 def explain(
     gates: GatesArgument,
     text: Annotated[str, typer.Option("--text", metavar="TEXT", help="What to run.")],

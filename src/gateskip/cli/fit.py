@@ -10,11 +10,14 @@ import typer
 
 from gateskip.cli.loading import DataOption, DtypeOption, load_base
 from gateskip.cli.output import STDOUT, JsonOption, check_json, console_for, write_json
+from gateskip.cli.settings import configurable, section
 
 __all__ = ["fit"]
 
 
+@configurable("gate")
 def fit(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Hugging Face folder or name of the base model.")],
     data: DataOption,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the gates.")],
@@ -51,16 +54,15 @@ def fit(
 
     check_output_folder(out, overwrite)
     check_json(json)
-    config = GateConfig.from_json(
-        {
-            "kind": kind,
-            "rank": rank,
-            "importance": importance,
-            "kv_source": kv_source,
-            "compensation": compensation,
-            "compensation_rank": compensation_rank,
-        }
-    )
+    asked = {
+        "kind": kind,
+        "rank": rank,
+        "importance": importance,
+        "kv_source": kv_source,
+        "compensation": compensation,
+        "compensation_rank": compensation_rank,
+    }
+    config = GateConfig.from_json(section("gate", asked, context, {}))
     from gateskip.data import read_texts
 
     rows = read_texts(data)

@@ -17,10 +17,12 @@ from gateskip.cli.loading import (
     one_budget,
 )
 from gateskip.cli.output import JsonOption, check_json, console_for, write_json
+from gateskip.cli.settings import configurable
 
 __all__ = ["generate"]
 
 
+@configurable()
 def generate(
     gates: GatesArgument,
     prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What to continue.")],

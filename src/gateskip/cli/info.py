@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from gateskip.costs import ModelShape
+from gateskip.cli.settings import configurable
 
 __all__ = ["info"]
 
 KINDS = ("scalar", "grouped", "low_rank", "mlp", "vector", "shared")
 
 
+@configurable()
 def info(
     model: Annotated[
         str | None, typer.Argument(help="Hugging Face folder or name; only its config is read.")

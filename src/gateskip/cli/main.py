@@ -14,6 +14,7 @@ from gateskip.cli.eval import evaluate
 from gateskip.cli.explain import explain
 from gateskip.cli.fit import fit
 from gateskip.cli.generate import generate
+from gateskip.cli.generate_data import generate_data
 from gateskip.cli.info import info
 from gateskip.cli.train import train
 from gateskip.errors import GateSkipError
@@ -32,6 +33,7 @@ for _name, _command in (
     ("train", train),
     ("calibrate", calibrate),
     ("generate", generate),
+    ("generate-data", generate_data),
     ("eval", evaluate),
     ("bench", bench),
     ("explain", explain),

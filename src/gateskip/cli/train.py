@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,11 +18,34 @@ from gateskip.cli.output import (
     console_for,
     write_json,
 )
+from gateskip.cli.settings import configurable, keep_preset, section
+from gateskip.cli.train_plan import check_reports, length_of, print_plan
 
 __all__ = ["train"]
 
 
+SECTIONS = ("gate", "training", "trainer")
+
+
+def _take_preset(context: typer.Context, name: str | None) -> str | None:
+    if name is None:
+        return None
+    from gateskip.training.presets import preset
+
+    chosen = preset(name)
+    if name != "default":  # whose values the options have already
+        options = chosen.calibration | {"fit": chosen.fit, "steps": chosen.steps,
+                                        "batch_size": chosen.batch_size,
+                                        "max_length": chosen.max_length}  # fmt: skip
+        gate, training = chosen.gate.to_json(), chosen.training.to_json()
+        parts = {"gate": gate, "training": training, "trainer": dict(chosen.trainer)}
+        keep_preset(context, options | parts, SECTIONS)
+    return name
+
+
+@configurable(*SECTIONS)
 def train(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Hugging Face folder or name of the base model.")],
     data: Annotated[
         str, typer.Option(metavar="FILE|NAME", help="A .jsonl or text file, or a dataset's name.")
@@ -34,7 +58,10 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of one forward pass.")] = 8,
     accumulate: Annotated[int, typer.Option(min=1, help="Forward passes per step.")] = 1,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 512,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens per row; 512 or what the model takes if left out."),
+    ] = None,
     backbone: Annotated[str, typer.Option(help="frozen, lora or full.")] = "lora",
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA layers.")] = 8,
     learning_rate: Annotated[
@@ -78,6 +105,20 @@ def train(
         str | None,
         typer.Option(help="Gate kind, low_rank by default; else as --gates."),
     ] = None,
+    allocation: Annotated[
+        str, typer.Option(help="Of budgets over branches: global or uniform (the paper's).")
+    ] = "global",
+    weigh_cost: Annotated[
+        bool, typer.Option("--weigh-cost/--no-weigh-cost", help="Weigh scores against MACs.")
+    ] = True,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            is_eager=True,
+            callback=_take_preset,
+            help="default (what measured best) or paper (the published recipe); options win.",
+        ),
+    ] = None,
     fit: Annotated[
         bool, typer.Option("--fit/--no-fit", help="Fit gates first; the paper's order does not.")
     ] = True,
@@ -88,6 +129,26 @@ def train(
         str | None, typer.Option(metavar="DIR", help="Start from these gates instead of a fit.")
     ] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
+    eval_data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Held-out rows, evaluated at the lowest budget."),
+    ] = None,
+    eval_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between evaluations; --save-every if left out.")
+    ] = None,
+    early_stopping: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Stop after so many evaluations that are no better, and keep the best."
+        ),
+    ] = 0,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(help="tensorboard, trackio, wandb, ... of the Trainer; may be repeated."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take, and train nothing.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of data order, LoRA, new gates and random skips.")] = 0,
     dtype: DtypeOption = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --out.")] = False,
@@ -95,7 +156,7 @@ def train(
     json: JsonOption = None,
 ) -> None:
     """Train a model to skip, and save gates, thresholds and what changed in the backbone."""
-    given = dict(locals())
+    given = {name: value for name, value in locals().items() if name != "context"}
     from gateskip.config import GateConfig, one_of
     from gateskip.errors import ConfigError
     from gateskip.retrofit.checkpoint import check_output_folder
@@ -107,14 +168,14 @@ def train(
         check_output_folder(out, overwrite)
     from gateskip.training.config import GateSkipTrainingConfig
 
-    importance = "random" if arm == "random" else "mean_logit"
-    config = GateConfig.from_json(
-        {"kind": kind or "low_rank", "importance": importance, "seed": seed}
-    )
+    asked = section("gate", {} if kind is None else {"kind": kind}, context, {})
+    if arm == "random":
+        asked["importance"] = "random"
+    config = GateConfig.from_json({"seed": seed} | asked)
     if learning_rate is not None and not learning_rate > 0:
         raise ConfigError(f"learning_rate={learning_rate!r} must be above 0.")
-    options = GateSkipTrainingConfig.from_json(
-        {
+    options = GateSkipTrainingConfig.from_json(section(
+        "training", {
             "backbone": backbone,
             "lora_rank": lora_rank,
             "lora_alpha": 2 * lora_rank,
@@ -132,12 +193,23 @@ def train(
             "schedule": schedule,
             "calibrate_every": calibrate_every,
             "arm": "control" if arm == "control" else "gateskip",
-        }
-    )
+        }, context, {"budget_end": "budget"},
+    ))  # fmt: skip
     from gateskip.data import read_rows, read_texts
 
+    check_reports(report_to or [])
+    if early_stopping and eval_data is None:
+        raise ConfigError(f"early_stopping={early_stopping} needs --eval-data.")
+    every = save_every if eval_every is None else eval_every
+    if early_stopping and save_every % every:
+        raise ConfigError(
+            f"eval_every={every} does not divide save_every={save_every}, so the best evaluation "
+            "would have no checkpoint."
+        )
     rows = read_rows(data)
     calibration_rows = None if calibration_data is None else read_texts(calibration_data)
+    eval_rows = None if eval_data is None else read_texts(eval_data)
+    length = length_of(model, max_length)
 
     import gateskip
     from gateskip.skipping.state import state_of
@@ -147,7 +219,7 @@ def train(
     if resume:
         recipe.check_resume(out)
     console = console_for(json)
-    mixed = backbone == "full" and dtype == "auto"
+    mixed = options.backbone == "full" and dtype == "auto"
     chosen = "float32" if mixed else dtype
     begun = str(out / recipe.START) if resume else gates
     if begun is not None:
@@ -155,18 +227,25 @@ def train(
         there = state_of(gated).config
         if arm != "control" and (arm == "random") != (there.importance == "random"):
             raise ConfigError(f"arm={arm!r}, but {begun} has importance={there.importance!r}.")
-        if kind is not None and there.kind != kind:
-            raise ConfigError(f"kind={kind!r}, but {begun} has gates of kind {there.kind!r}.")
+        for name, value in config.to_json().items():
+            if name in asked and name != "importance" and there.to_json()[name] != value:
+                raise ConfigError(
+                    f"{name}={value!r}, but {begun} has gates with {there.to_json()[name]!r}."
+                )
     else:
         gated, tokenizer = load_base(model, chosen)
     recipe.check_tokenizer(tokenizer, rows)
-    if not resume:
-        recipe.clear(out)
     if begun is None:
         gateskip.attach(gated, config)
+    if not resume and not dry_run:
+        recipe.clear(out)
+    if dry_run:
+        pass
+    elif begun is None:
         recipe.start(
             gated, rows, tokenizer, out, fit_first=fit, calibration_data=calibration_rows,
-            max_length=max_length, progress=json != STDOUT,
+            max_length=length, allocation=allocation, weigh_cost=weigh_cost,
+            progress=json != STDOUT,
         )  # fmt: skip
     elif not resume:
         gateskip.save(gated, out / recipe.START)
@@ -174,23 +253,49 @@ def train(
     import torch
     from transformers import TrainingArguments
 
-    default = {"full": 1e-4}.get(backbone, 1e-3)
-    rate = default if learning_rate is None else learning_rate
-    arguments = TrainingArguments(
-        str(out / recipe.CHECKPOINTS), max_steps=steps, per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulate, learning_rate=rate, seed=seed,
-        lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), weight_decay=0.001,
-        adam_beta2=0.95, bf16=mixed, use_cpu=not torch.accelerator.is_available(),
-        logging_steps=max(1, min(10, steps // 10)), save_steps=save_every, save_total_limit=2,
-        report_to=[], disable_tqdm=True, train_sampling_strategy="group_by_length",
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )  # fmt: skip
+    default = {"full": 1e-4}.get(options.backbone, 1e-3)
+    fixed: dict[str, Any] = {
+        "max_steps": steps, "per_device_train_batch_size": batch_size, "seed": seed,
+        "gradient_accumulation_steps": accumulate, "save_steps": save_every,
+        "use_cpu": not torch.accelerator.is_available(), "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }  # fmt: skip
+    chosen_by_user = section("trainer", {
+        "learning_rate": default if learning_rate is None else learning_rate,
+        "lr_scheduler_type": "cosine", "warmup_steps": max(1, steps // 20), "weight_decay": 0.001,
+        "adam_beta2": 0.95, "bf16": mixed, "logging_steps": max(1, min(10, steps // 10)),
+        "save_total_limit": 2, "report_to": report_to or [],
+        "train_sampling_strategy": "group_by_length",
+    }, context, {})  # fmt: skip
+    if eval_rows is not None:
+        fixed |= {
+            "eval_strategy": "steps", "eval_steps": every, "metric_for_best_model": "loss",
+            "load_best_model_at_end": early_stopping > 0,
+            "per_device_eval_batch_size": batch_size, "prediction_loss_only": True,
+        }  # fmt: skip
+    if dry_run:
+        with tempfile.TemporaryDirectory() as nowhere:
+            asked_for = fixed | chosen_by_user | {"eval_strategy": "no", "report_to": []}
+            asked_for["load_best_model_at_end"] = False
+            found = recipe.plan_of(
+                gated, rows, tokenizer, arguments=TrainingArguments(nowhere, **asked_for),
+                options=options, max_length=length,
+            )  # fmt: skip
+        print_plan(console, found)
+        write_json(json, dataclasses.asdict(found))
+        return
+    arguments = TrainingArguments(str(out / recipe.CHECKPOINTS), **(fixed | chosen_by_user))
     bar = TrainingProgress(console)
+    callbacks: list[Any] = [bar]
+    if early_stopping:
+        from transformers import EarlyStoppingCallback
+
+        callbacks.append(EarlyStoppingCallback(early_stopping))
     try:
         report = recipe.train(
             gated, rows, tokenizer, out, arguments=arguments, options=options,
-            calibration_data=calibration_rows, max_length=max_length, resume=resume,
-            callbacks=[bar], command=command_line("gateskip train", given),
+            calibration_data=calibration_rows, eval_data=eval_rows, max_length=length,
+            resume=resume, callbacks=callbacks, command=command_line("gateskip train", given),
             progress=json != STDOUT,
         )  # fmt: skip
     finally:

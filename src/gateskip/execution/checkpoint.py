@@ -14,6 +14,7 @@ from gateskip.execution.api import attach, detach
 from gateskip.retrofit.attach import gated_branches
 from gateskip.retrofit.checkpoint import read_backbone, read_checkpoint, write_checkpoint
 from gateskip.retrofit.fingerprint import check_fingerprint
+from gateskip.retrofit.hub import fetch
 from gateskip.retrofit.lora import Factors, joined, live_factors, load_live, merge
 from gateskip.skipping.compensation import Compensation, compensation_of, set_compensation
 from gateskip.skipping.policy import ThresholdTable
@@ -84,6 +85,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
     quantization_config: Any = None,
+    revision: str | None = None,
 ) -> Any:
     """Rebuild a gated model from its folder (or hub name) and its base model.
 
@@ -91,12 +93,13 @@ def load(
         path: what :func:`save` wrote, or a hub repository that holds it.
         base: name, folder or already loaded base model; None takes the name that was saved.
         dtype, device_map, quantization_config: passed to ``from_pretrained``.
+        revision: branch, tag or commit of the hub repository of the gates.
 
     Raises:
         CheckpointError: missing, damaged, too new, or made for another base model.
         UnsupportedError: an unsupported architecture.
     """
-    folder = _folder(path)
+    folder = _folder(path, revision)
     config, tensors = read_checkpoint(folder)
     try:
         gate, base_info = GateConfig.from_json(config["gate"]), config["base"]
@@ -136,18 +139,10 @@ def load(
     return model.eval()
 
 
-def _folder(path: str | Path) -> Path:
+def _folder(path: str | Path, revision: str | None) -> Path:
     if Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
         return Path(path).expanduser()
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=["gateskip_*"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise CheckpointError(
-            f"path={str(path)!r} is no local folder and the hub did not give it: {error}."
-        ) from error
+    return fetch(str(path), revision)
 
 
 def _backbone(model: nn.Module) -> dict[str, Tensor]:

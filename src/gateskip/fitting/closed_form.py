@@ -43,7 +43,6 @@ COMPENSATION_RIDGE = 1e-3
 MINIMUM_TOKENS = 1_000
 LOOP_TOKENS = 4_000
 LOOP_TOLERANCE = 0.01
-FIRST_TOKENS = 8_000
 FIT_KEEP = 0.65
 ROUNDS = 2
 
@@ -98,11 +97,8 @@ def fit(
     def title(text: str) -> str | None:
         return text if progress else None
 
-    # What a later round fits anew can do with every second batch of a long text.
-    again = state.config.compensation != "none" and rounds > 1
-    first = batches[::2] if again and tokens >= 2 * FIRST_TOKENS else batches
     scores = ScoreMoments({}, ungated=True)
-    run_pass(model, first, observer=scores, title=title("Fitting gates"))
+    run_pass(model, batches, observer=scores, title=title("Fitting gates"))
     r2 = _write_gates(modules, scores.moments, state.config)
     state.fitted = True
     if state.config.compensation != "none":
@@ -112,8 +108,7 @@ def fit(
         for number in range(1, rounds + 1):
             thresholds = _thresholds(model, state, short, fit_keep, thresholds)
             outputs, scores = CompensationMoments(), ScoreMoments(compensations, ungated=False)
-            text = first if number == 1 else batches
-            for batch in shown(text, title(f"Fitting compensation, {number} of {rounds}")):
+            for batch in shown(batches, title(f"Fitting compensation, {number} of {rounds}")):
                 dense = DenseOutputs()
                 run_pass(model, [batch], observer=dense)
                 outputs.dense = dense.outputs

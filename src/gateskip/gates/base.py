@@ -63,12 +63,14 @@ class Gate(nn.Module, ABC):
     score_shift: Tensor
     score_weight: nn.Parameter | None
     score_bias: nn.Parameter | None
+    #: A learned threshold ``[]``, while training moves it.
+    threshold: nn.Parameter | None
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("score_scale", torch.ones((), dtype=torch.float32))
         self.register_buffer("score_shift", torch.zeros((), dtype=torch.float32))
-        self.score_weight = self.score_bias = None
+        self.score_weight = self.score_bias = self.threshold = None
         self._decision_cache: tuple[Any, Tensor, float] | None = None
         self._alike_cache: tuple[Any, tuple[Tensor, float] | None] | None = None
         self._linear_cache: tuple[Any, bool] | None = None

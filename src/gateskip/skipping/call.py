@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gateskip.config import BranchKey, RowBudgets
 from gateskip.errors import BudgetError, UnsupportedError
+from gateskip.skipping.quantile import BatchQuantile
 from gateskip.skipping.state import GateSkipState, Override, Thresholds, effective_budget
 
 __all__ = ["Call"]
@@ -27,7 +28,8 @@ class Call:
         alike: every gate's value is one dot product in this call (for the ledger).
         valid_BT: True for real tokens, bool; None when all are.
         protected_BT: True for tokens that no branch may skip, bool; None when there is none.
-        thresholds: τ per gated branch, a number or float32 ``[B]``; None keeps everything.
+        thresholds: τ per gated branch, a number, float32 ``[]`` or ``[B]``, or a BatchQuantile;
+            None keeps everything.
         keep: decisions, ``(layer, kind)`` to bool ``[B, T]``.
         computed: rows that really entered a branch's projections, per batch row, ``[B]``.
         padding: rows added to a branch to round its row count up, keys and values apart.
@@ -132,7 +134,12 @@ class Call:
         else:
             assert self.thresholds is not None
             threshold = self.thresholds[key]
-            if isinstance(threshold, Tensor):
+            if isinstance(threshold, BatchQuantile):
+                valid_BT = free_BT = self.everyone()
+                if self.protected_BT is not None:
+                    free_BT = valid_BT & ~self.protected_BT
+                threshold = threshold.threshold(score_BT, free_BT, int(valid_BT.sum()))
+            if isinstance(threshold, Tensor) and threshold.dim():
                 threshold = threshold[:, None]
             keep_BT = score_BT >= threshold
             if self.protected_BT is not None:

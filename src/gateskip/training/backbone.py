@@ -20,8 +20,8 @@ __all__ = ["finish", "parts", "prepare"]
 
 
 def parts(model: nn.Module) -> dict[str, set[int]]:
-    """ids of the parameters of ``"gates"`` and ``"compensation"``."""
-    return {
+    """ids of the parameters of ``"gates"``, ``"compensation"`` and learned ``"thresholds"``."""
+    found = {
         name: {
             id(p)
             for module in model.modules()
@@ -30,6 +30,10 @@ def parts(model: nn.Module) -> dict[str, set[int]]:
         }
         for name, kind in (("gates", Gate), ("compensation", Compensation))
     }
+    gates = [module for module in model.modules() if isinstance(module, Gate)]
+    found["thresholds"] = {id(gate.threshold) for gate in gates if gate.threshold is not None}
+    found["gates"] -= found["thresholds"]
+    return found
 
 
 def prepare(model: nn.Module, config: GateSkipTrainingConfig) -> None:
@@ -57,7 +61,8 @@ def prepare(model: nn.Module, config: GateSkipTrainingConfig) -> None:
                 child.float()
                 for parameter in child.parameters():
                     parameter.requires_grad_(gates and config.train_compensation)
-    if not any(p.requires_grad for p in model.parameters()):
+    learned = config.thresholds == "learned"  # parameters that are still to come
+    if not learned and not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(
             "nothing is trained: there is no compensation yet (call gateskip.fit first), and "
             "gates and backbone are frozen."

@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 CONFIG_FILE = "gateskip_training.json"
+AVERAGES = "averages"
 START = "start"
 CHECKPOINTS = "checkpoints"
 #: Training arguments that decide what the steps are.
@@ -78,15 +79,20 @@ def _digest(data: Any) -> str | None:
     return hashed.hexdigest()
 
 
-def write_options(folder: Path, options: dict[str, Any]) -> None:
-    """Write them, whole or not at all."""
+def write_options(folder: Path, options: dict[str, Any], averages: dict[str, Any]) -> None:
+    """Write them, and what is averaged over steps, whole or not at all."""
     temporary = folder / f".{CONFIG_FILE}"
-    temporary.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(options | {AVERAGES: averages}, indent=2)
+    temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, folder / CONFIG_FILE)
 
 
-def check_options(folder: Path, mine: dict[str, Any]) -> None:
-    """Raise CheckpointError, naming what differs, unless ``folder`` was made with ``mine``."""
+def check_options(folder: Path, mine: dict[str, Any]) -> dict[str, Any]:
+    """What was averaged over steps in a checkpoint of a training with options ``mine``.
+
+    Raises:
+        CheckpointError: made with others; the message names what differs.
+    """
     try:
         theirs = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
@@ -99,3 +105,5 @@ def check_options(folder: Path, mine: dict[str, Any]) -> None:
             f"{folder} was trained with other options ({', '.join(other)}); use the same, or "
             "another output folder."
         )
+    found: dict[str, Any] = theirs.get(AVERAGES, {})
+    return found

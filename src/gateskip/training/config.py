@@ -12,7 +12,9 @@ __all__ = ["GateSkipTrainingConfig"]
 
 BACKBONES = ("frozen", "lora", "full")
 UNITS = ("compute", "keep")
-SCHEDULES = ("linear", "sampled")
+SCHEDULES = ("linear", "cosine", "constant", "sampled")
+PENALTIES = ("l2", "l1", "kl", "hinge")
+THRESHOLDS = ("calibrated", "batch", "running", "learned")
 ARMS = ("gateskip", "control")
 TEACHERS = ("before", "itself")
 
@@ -25,7 +27,11 @@ class GateSkipTrainingConfig:
         backbone: ``"frozen"``, ``"lora"`` (PEFT, every linear layer of the decoder layers) or
             ``"full"``.
         lora_rank, lora_alpha, lora_dropout: of the LoRA layers.
-        penalty: λ of the gates' penalty (arXiv 2510.13876, eq. 3: mean squared gate value).
+        penalty: λ of the gates' penalty (arXiv 2510.13876, eq. 3).
+        penalty_kind: ``"l2"`` (the paper's mean squared gate value), ``"l1"``, ``"kl"`` to a target
+            mean value, or ``"hinge"`` on it (see ``gateskip.training.penalty``).
+        penalty_target: that mean value, of ``"kl"`` and ``"hinge"``.
+        penalty_end: λ goes linearly from ``penalty`` to this over the training; None keeps it.
         train_gates: False leaves the gates as they are (as fitted).
         decision_gradient: what trains decisions. 0: only the gate's value and the penalty (the
             paper). Above: straight-through gradients of temperature T, in units of the score.
@@ -38,10 +44,20 @@ class GateSkipTrainingConfig:
         teacher: ``"before"``: the dense model as it was before training; ``"itself"``: as it is at
             every step, without gates and skipping (inplace distillation, arXiv 1903.05134).
         budget_unit: ``"compute"`` or ``"keep"``.
-        budget_start, budget_end: the budget falls linearly from one to the other.
+        budget_start, budget_end: the budget falls from one to the other.
+        budget_attention, budget_mlp: an end of their own for these branches, of
+            ``budget_unit="keep"``.
         budget_steps: share of all steps over which it falls.
-        schedule: ``"linear"``: every step takes the falling budget; ``"sampled"``: a budget drawn
-            for every step between it and 1, so that one model serves all of them.
+        schedule: ``"linear"`` (the paper's) or ``"cosine"``: every step takes the falling budget;
+            ``"constant"``: every step takes ``budget_end``; ``"sampled"``: a budget drawn for every
+            step between the linearly falling one and 1, so that one model serves all of them.
+        thresholds: where training's come from. ``"calibrated"``: the model's, the only ones that
+            decide as inference does; ``"batch"``: the paper's quantile of every batch, not causal;
+            ``"running"``: an average of each branch's quantiles over steps; ``"learned"``: a
+            parameter of each branch, from the calibrated one on. All but the first and the last
+            count ``keep``, every branch alike.
+        threshold_momentum: of ``"running"``. threshold_learning_rate: of ``"learned"``; None takes
+            the trainer's.
         calibrate_every: thresholds are found again every so many steps (0: never), on the
             trainer's ``calibration_data``.
         arm: ``"control"`` trains the same backbone on the same data without gates and skipping.
@@ -52,6 +68,9 @@ class GateSkipTrainingConfig:
     lora_alpha: int = 16
     lora_dropout: float = 0.0
     penalty: float = 0.0
+    penalty_kind: Literal["l2", "l1", "kl", "hinge"] = "l2"
+    penalty_target: float = 0.8
+    penalty_end: float | None = None
     train_gates: bool = False
     decision_gradient: float = 0.0
     cost_weight: float = 0.0
@@ -63,8 +82,13 @@ class GateSkipTrainingConfig:
     budget_unit: Literal["compute", "keep"] = "compute"
     budget_start: float = 1.0
     budget_end: float = 0.8
+    budget_attention: float | None = None
+    budget_mlp: float | None = None
     budget_steps: float = 0.5
-    schedule: Literal["linear", "sampled"] = "linear"
+    schedule: Literal["linear", "cosine", "constant", "sampled"] = "linear"
+    thresholds: Literal["calibrated", "batch", "running", "learned"] = "calibrated"
+    threshold_momentum: float = 0.9
+    threshold_learning_rate: float | None = None
     calibrate_every: int = 0
     arm: Literal["gateskip", "control"] = "gateskip"
 
@@ -72,23 +96,31 @@ class GateSkipTrainingConfig:
         one_of("backbone", self.backbone, BACKBONES)
         one_of("budget_unit", self.budget_unit, UNITS)
         one_of("schedule", self.schedule, SCHEDULES)
+        one_of("penalty_kind", self.penalty_kind, PENALTIES)
+        one_of("thresholds", self.thresholds, THRESHOLDS)
         one_of("arm", self.arm, ARMS)
         one_of("teacher", self.teacher, TEACHERS)
-        for name in ("budget_start", "budget_end", "budget_steps"):
+        for name in (
+            "budget_start", "budget_end", "budget_steps", "budget_attention", "budget_mlp",
+            "penalty_target",
+        ):  # fmt: skip
             value = getattr(self, name)
-            if not 0.0 < value <= 1.0:
+            if value is not None and not 0.0 < value <= 1.0:
                 raise ConfigError(f"{name}={value!r} must be a number in (0, 1].")
         if self.budget_end > self.budget_start:
             raise ConfigError(
                 f"budget_end={self.budget_end!r} is above budget_start={self.budget_start!r}; the "
                 "budget falls."
             )
+        self._check_thresholds()
         if not 0.0 <= self.distill <= 1.0:
             raise ConfigError(f"distill={self.distill!r} must be a share in [0, 1].")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(f"lora_dropout={self.lora_dropout!r} must be in [0, 1).")
         for name in (
             "penalty",
+            "penalty_end",
+            "threshold_learning_rate",
             "decision_gradient",
             "cost_weight",
             "gate_learning_rate",
@@ -101,6 +133,8 @@ class GateSkipTrainingConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name}={value!r} must be an integer of at least {least}.")
+        if self.penalty_end is not None and not self.penalty:
+            raise ConfigError(f"penalty_end={self.penalty_end!r} needs penalty= to begin with.")
         if self.penalty and not self.train_gates:
             raise ConfigError(
                 f"penalty={self.penalty!r} moves nothing while train_gates=False; set one of them."
@@ -109,7 +143,8 @@ class GateSkipTrainingConfig:
             raise ConfigError(
                 f"cost_weight={self.cost_weight!r} needs decision_gradient= (a temperature)."
             )
-        if self.decision_gradient and not self.train_gates:
+        moves = self.train_gates or self.thresholds == "learned"
+        if self.decision_gradient and not moves:
             raise ConfigError(
                 f"decision_gradient={self.decision_gradient!r} needs train_gates=True."
             )
@@ -117,11 +152,39 @@ class GateSkipTrainingConfig:
             raise ConfigError("teacher='itself' teaches nothing while distill=0; set distill=0.5.")
         if self.teacher == "itself" and self.arm == "control":
             raise ConfigError("teacher='itself' has nothing to teach arm='control'; drop one.")
-        trains = self.backbone != "frozen" or self.train_gates or self.train_compensation
+        added = self.train_gates or self.train_compensation or self.thresholds == "learned"
+        trains = self.backbone != "frozen" or added
         if not trains or (self.arm == "control" and self.backbone == "frozen"):
             raise ConfigError(
                 "backbone='frozen' with nothing else to train; train gates, compensation or a "
                 "backbone ('lora', 'full')."
+            )
+
+    def _check_thresholds(self) -> None:
+        own = self.budget_attention is not None or self.budget_mlp is not None
+        by_keep = own or self.thresholds in ("batch", "running")
+        if by_keep and self.budget_unit != "keep":
+            what = "budget_attention and budget_mlp" if own else f"thresholds={self.thresholds!r}"
+            raise ConfigError(f"{what} count tokens; set budget_unit='keep'.")
+        if not 0.0 <= self.threshold_momentum < 1.0:
+            raise ConfigError(
+                f"threshold_momentum={self.threshold_momentum!r} must be a number in [0, 1)."
+            )
+        if self.thresholds == "learned" and not (self.decision_gradient and self.cost_weight):
+            raise ConfigError(
+                "thresholds='learned' needs decision_gradient= and cost_weight=, which move them."
+            )
+        if self.thresholds == "learned" and own:
+            raise ConfigError("thresholds='learned' have no budgets; leave budget_attention out.")
+        if self.thresholds == "batch" and self.decision_gradient:
+            raise ConfigError(
+                f"decision_gradient={self.decision_gradient!r} needs a threshold that is known "
+                "before the batch; thresholds='batch' has none."
+            )
+        if self.thresholds != "calibrated" and self.calibrate_every:
+            raise ConfigError(
+                f"calibrate_every={self.calibrate_every!r} finds calibrated thresholds, and "
+                f"thresholds={self.thresholds!r}; drop one."
             )
 
     def to_json(self) -> dict[str, Any]:

@@ -2,12 +2,13 @@ r"""The loss of a step: cross-entropy, distillation, and the gates' penalty.
 
 Shapes: B rows, T tokens, N labelled positions, H hidden, V vocabulary, G gate channels.
 
-L = (1 − d)·CE + d·KL(dense ‖ gated) + λ·mean over branches, valid tokens and channels of g²
-(arXiv 2510.13876, eq. 3; there the penalty counts padding, here it does not).
+L = (1 − d)·CE + d·KL(dense ‖ gated) + λ·penalty (arXiv 2510.13876, eq. 3; there the penalty counts
+padding, here it does not).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -17,6 +18,7 @@ from gateskip.config import BranchKey
 from gateskip.errors import UnsupportedError
 from gateskip.gates import Gate, no_autocast
 from gateskip.skipping.call import Call
+from gateskip.training.penalty import BY_MEAN
 
 __all__ = ["GateObjective", "SkipMeter", "labelled"]
 
@@ -27,12 +29,14 @@ class GateObjective:
     """What gates learn from while a forward runs, beside their value; an ``Override.objective``.
 
     Args:
-        penalty: whether to sum g² over valid tokens and channels.
+        penalty: which one, of :mod:`~gateskip.training.penalty`; None for none.
+        slopes: per branch, of penalties on the branch's mean.
         temperature: of straight-through decisions, in units of the score; 0: decisions get none.
         costs: MACs that a skip saves, per branch, for the expected cost; None: not asked for.
 
     Attributes:
-        sums: float32 scalars with a graph, one per branch: Σ over valid tokens of mean g².
+        sums: float32 scalars with a graph, one per branch: Σ over valid tokens of the penalty.
+        values: without a graph, Σ over valid tokens of the mean g, for penalties on means.
         spent: the same of the soft decision times the branch's share of all MACs.
         tokens: valid tokens of the forward.
     """
@@ -40,11 +44,13 @@ class GateObjective:
     def __init__(
         self,
         *,
-        penalty: bool = True,
+        penalty: str | None = "l2",
+        slopes: Mapping[BranchKey, float] | None = None,
         temperature: float = 0.0,
         costs: Mapping[BranchKey, float] | None = None,
     ) -> None:
-        self.penalty, self.temperature = penalty, temperature
+        self.penalty, self.slopes, self.temperature = penalty, slopes, temperature
+        self.values: dict[BranchKey, Tensor] = {}
         total = sum(costs.values()) if costs else 1.0
         self.shares = {key: cost / total for key, cost in (costs or {}).items()}
         self.sums: dict[BranchKey, Tensor] = {}
@@ -58,9 +64,18 @@ class GateObjective:
         valid_BT = call.everyone()
         found: list[tuple[dict[BranchKey, Tensor], Tensor]] = []
         if self.penalty:
-            found.append((self.sums, (gate(u_BTH).square().mean(-1) * valid_BT).sum()))
-        if self.temperature and self.shares and call.thresholds is not None:
-            p_BT = self._soft(gate, u_BTH, call.thresholds[key])
+            g = gate(u_BTH)
+            each_BT = (g.square() if self.penalty == "l2" else g).mean(-1) * valid_BT
+            total = each_BT.sum()
+            if self.penalty in BY_MEAN:
+                assert self.slopes is not None
+                self.values.setdefault(key, total.detach())
+                total = total * self.slopes[key]
+            found.append((self.sums, total))
+        threshold = None if call.thresholds is None else call.thresholds.get(key)
+        if self.temperature and self.shares and threshold not in (None, -math.inf):
+            assert threshold is not None
+            p_BT = self._soft(gate, u_BTH, threshold)
             found.append((self.spent, (p_BT * valid_BT).sum() * self.shares[key]))
         for where, total in found:
             if not total.requires_grad:
@@ -74,7 +89,7 @@ class GateObjective:
         gate: Gate,
         o_MH: Tensor,
         u_MH: Tensor,
-        threshold: float,
+        threshold: float | Tensor,
         instead: nn.Module | None,
         gained_MH: Tensor | None = None,
     ) -> Tensor | None:
@@ -88,7 +103,7 @@ class GateObjective:
         """
         if not self.temperature:
             return None
-        if not isinstance(threshold, float):
+        if not isinstance(threshold, float) and threshold.dim():
             raise UnsupportedError("decision_gradient takes one budget for all rows.")
         p_M = self._soft(gate, u_MH.detach(), threshold)
         with torch.no_grad():
@@ -97,7 +112,7 @@ class GateObjective:
                 gain_MH = gain_MH - instead(u_MH).float()
         return (p_M - p_M.detach())[:, None] * gain_MH
 
-    def _soft(self, gate: Gate, u: Tensor, threshold: float) -> Tensor:
+    def _soft(self, gate: Gate, u: Tensor, threshold: float | Tensor) -> Tensor:
         with no_autocast(u):
             return torch.sigmoid((gate.score(u) - threshold) / self.temperature)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,13 @@ from gateskip.training.card import write_card
 from gateskip.training.checkpoints import CHECKPOINTS, START, clear, last_checkpoint
 from gateskip.training.config import GateSkipTrainingConfig
 from gateskip.training.dataset import make_dataset
+from gateskip.training.plan import Plan, add_compensation, plan
 from gateskip.training.recalibration import recalibrate
 from gateskip.training.trainer import GateSkipTrainer
 
-__all__ = ["CHECKPOINTS", "START", "TrainReport", "clear", "last_checkpoint", "start", "train"]
+__all__ = [
+    "CHECKPOINTS", "START", "TrainReport", "clear", "last_checkpoint", "plan_of", "start", "train",
+]  # fmt: skip
 
 CALIBRATION_GRID = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.42, 0.35)
 
@@ -62,15 +66,26 @@ def start(
     fit_first: bool = True,
     calibration_data: Any = None,
     max_length: int = 512,
+    allocation: str = "global",
+    weigh_cost: bool = True,
     progress: bool = False,
 ) -> None:
-    """Fit and calibrate a gated model, and save it under ``out`` for a training to go on from."""
+    """Fit and calibrate a gated model, and save it under ``out`` for a training to go on from.
+
+    Args:
+        allocation, weigh_cost: as of :func:`gateskip.calibrate`; calibration after training repeats
+            them.
+    """
     if fit_first:
         fit(model, data, tokenizer, max_length=max_length, progress=progress)
-    calibrate(
-        model, data if calibration_data is None else calibration_data, tokenizer,
-        max_length=max_length, grid=CALIBRATION_GRID, progress=progress,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        if not fit_first:  # as was asked for
+            warnings.filterwarnings("ignore", "the gates were never fitted")
+        calibrate(
+            model, data if calibration_data is None else calibration_data, tokenizer,
+            max_length=max_length, grid=CALIBRATION_GRID, allocation=allocation,
+            weigh_cost=weigh_cost, progress=progress,
+        )  # fmt: skip
     save(model, out / START)
 
 
@@ -83,6 +98,7 @@ def train(
     arguments: Any,
     options: GateSkipTrainingConfig,
     calibration_data: Any = None,
+    eval_data: Any = None,
     max_length: int = 512,
     resume: bool = False,
     callbacks: list[Any] | None = None,
@@ -93,7 +109,8 @@ def train(
 
     Args:
         model: as :func:`start` left it. data: training rows. calibration_data: text for the
-            thresholds; the training rows where left out.
+            thresholds; the training rows where left out. eval_data: held-out rows, for the
+            evaluations that ``arguments`` ask for.
         arguments: Hugging Face ``TrainingArguments``; its output folder keeps the checkpoints.
         resume: go on from the last complete checkpoint. command: for the card.
 
@@ -101,13 +118,13 @@ def train(
         CheckpointError: nothing to resume from, or made with other options.
         TrainingError: the loss is not a number.
     """
-    dataset = make_dataset(data, tokenizer, max_length)
     texts = data if calibration_data is None else calibration_data
     checkpoint = last_checkpoint(Path(arguments.output_dir)) if resume else None
     trainer = GateSkipTrainer(
-        model, arguments, train_dataset=dataset, gateskip_args=options, processing_class=tokenizer,
+        model, arguments, train_dataset=make_dataset(data, tokenizer, max_length),
+        eval_dataset=None if eval_data is None else make_dataset(eval_data, tokenizer, max_length),
+        gateskip_args=options, processing_class=tokenizer, callbacks=callbacks,
         calibration_data=[sample.ids for sample in encode(texts, tokenizer, max_length)],
-        callbacks=callbacks,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # what is printed belongs to the caller
     began = time.perf_counter()
@@ -120,7 +137,7 @@ def train(
     history: list[dict[str, float]] = list(trainer.state.log_history)
     losses = [entry["loss"] for entry in history if "loss" in entry]
     policy = state_of(model).policy
-    if options.arm == "gateskip":
+    if options.arm == "gateskip" and options.thresholds != "learned":
         policy = recalibrate(
             model, texts, tokenizer, grid=CALIBRATION_GRID, max_length=max_length,
             progress=progress,
@@ -142,6 +159,28 @@ def train(
         loss=report.loss, seconds=seconds, floor=report.floor,
     )  # fmt: skip
     return report
+
+
+def plan_of(
+    model: nn.Module,
+    data: Any,
+    tokenizer: Any,
+    *,
+    arguments: Any,
+    options: GateSkipTrainingConfig,
+    max_length: int = 512,
+) -> Plan:
+    """What :func:`train` would take with these arguments; nothing is trained or written."""
+    add_compensation(model)
+    # Without thresholds nothing is skipped: an upper bound of a step's time.
+    plain = dataclasses.replace(options, calibrate_every=0, thresholds="calibrated")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the model has no thresholds")
+        trainer = GateSkipTrainer(
+            model, arguments, train_dataset=make_dataset(data, tokenizer, max_length),
+            gateskip_args=plain, processing_class=tokenizer,
+        )  # fmt: skip
+    return plan(trainer)
 
 
 def arm_of(gate: GateConfig, options: GateSkipTrainingConfig) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerCallback, TrainerState, set_seed
@@ -39,8 +40,10 @@ from gateskip.training.config import GateSkipTrainingConfig
 from gateskip.training.dataset import Collator, SeededLengths, TokenDataset
 from gateskip.training.head_loss import LogitHead, head_loss
 from gateskip.training.objective import GateObjective, SkipMeter, labelled
+from gateskip.training.penalty import BY_MEAN, GateMeans
 from gateskip.training.recalibration import recalibrate
-from gateskip.training.schedule import budget_at
+from gateskip.training.schedule import budget_at, penalty_at
+from gateskip.training.thresholds import OwnThresholds, keep_learned
 
 __all__ = ["GateSkipMixin", "GateSkipTrainer"]
 
@@ -78,23 +81,16 @@ class GateSkipMixin:
             set_seed(arguments.seed)  # LoRA's initial weights come before the Trainer's own seeding
         self.gateskip_args = config
         self.calibration_data = calibration_data
-        if config.calibrate_every and calibration_data is None:
-            raise ConfigError(
-                f"calibrate_every={config.calibrate_every} needs calibration_data= (texts or id "
-                "tensors)."
-            )
-        if config.calibrate_every:
-            check_tokens(count_tokens(encode(calibration_data)))
         self._skips = config.arm == "gateskip"
-        if self._skips and gated.policy is None:
-            warnings.warn(
-                "the model has no thresholds, so it trains at budget 1.0 and skips nothing; call "
-                "gateskip.calibrate(model, data) first.",
-                stacklevel=2,
-            )
-        elif self._skips:
-            gated.resolve(Budget(**{config.budget_unit: config.budget_end}))  # not in an hour
+        _check_thresholds(config, gated, calibration_data)
         backbone.prepare(model, config)
+        self._own = OwnThresholds(model, config) if self._skips else None
+        self._means = None
+        if config.penalty and config.penalty_kind in BY_MEAN:
+            start = 1.0 / (1.0 + math.exp(-gated.config.init_bias))
+            self._means = GateMeans(
+                config.penalty_kind, config.penalty_target, gated.branches, start
+            )
         self._meter = SkipMeter()
         self._sums: dict[str, float] = {}
         self._counts = 0
@@ -138,17 +134,21 @@ class GateSkipMixin:
 
     def current_budget(self) -> Budget:
         """The budget of the current optimiser step, not below what the thresholds reach."""
-        policy = state_of(self.model).policy
-        if not self._skips or policy is None:
+        return self._budget(self.state.global_step)
+
+    def _budget(self, step: int, kind: str | None = None) -> Budget:
+        """The budget of a step, or its branches' of one kind."""
+        calibrated = self.gateskip_args.thresholds == "calibrated"
+        if not self._skips or (calibrated and state_of(self.model).policy is None):
             return Budget(compute=1.0)
         steps = max(int(self.state.max_steps), 1)
-        found = budget_at(self.gateskip_args, self.state.global_step, steps, self.args.seed)
-        return self._within(found)
+        return self._within(budget_at(self.gateskip_args, step, steps, self.args.seed, kind))
 
     def _within(self, budget: Budget) -> Budget:
         """Thresholds found again while training may end a little above the first ones' floor."""
         policy, unit = state_of(self.model).policy, self.gateskip_args.budget_unit
-        assert policy is not None
+        if policy is None or self.gateskip_args.thresholds != "calibrated":
+            return budget
         asked: float = getattr(budget, unit)
         return Budget(**{unit: min(1.0, max(asked, policy.floor(unit)))})
 
@@ -156,9 +156,10 @@ class GateSkipMixin:
         """The lowest budget of the schedule: figures of different steps are of one budget."""
         if not self._skips or state_of(self.model).policy is None:
             return Budget(compute=1.0)
-        return self._within(
-            Budget(**{self.gateskip_args.budget_unit: self.gateskip_args.budget_end})
-        )
+        return self._within(self._lowest())
+
+    def _lowest(self) -> Budget:
+        return Budget(**{self.gateskip_args.budget_unit: self.gateskip_args.budget_end})
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """As the Trainer's; grouping by length is seeded per epoch, so that resuming repeats it."""
@@ -212,8 +213,11 @@ class GateSkipMixin:
         tokens = self._valid if items is not None else None
         if objective is not None and config.penalty:
             mean = objective.mean(tokens)
-            self._note("gate_penalty", mean)
-            found = found + config.penalty * mean
+            self._note("gate_penalty", mean if self._means is None else self._means.value())
+            steps = max(int(self.state.max_steps), 1)
+            found = found + penalty_at(config, self.state.global_step, steps) * mean
+            if self._means is not None:
+                self._means.add(objective.values, objective.tokens)
         if objective is not None and objective.spent:
             cost = objective.cost(tokens)
             self._note("expected_cost", cost)
@@ -236,8 +240,10 @@ class GateSkipMixin:
             table, keys = gated.costs(), gated.policy.mean_keys
             costs = {key: saved_macs(table[key], keys) for key in gated.branches}
         return GateObjective(
-            penalty=bool(config.penalty), temperature=config.decision_gradient, costs=costs
-        )
+            penalty=config.penalty_kind if config.penalty else None,
+            slopes=None if self._means is None else self._means.slopes(),
+            temperature=config.decision_gradient, costs=costs,
+        )  # fmt: skip
 
     @contextlib.contextmanager
     def _context(self, budget: Budget, objective: Any, training: bool) -> Iterator[None]:
@@ -245,9 +251,26 @@ class GateSkipMixin:
             with dense(self.model):
                 yield
             return
+        assert self._own is not None
+        own = self._own.now(self._keeps() if training else None)
         meter = self._meter if training else None
-        with override(state_of(self.model), budget=budget, objective=objective, recorder=meter):
+        with override(
+            state_of(self.model), budget=budget, objective=objective, recorder=meter, **own
+        ):
             yield
+
+    def _keeps(self) -> dict[str, Budget]:
+        """Budgets of this step by branch kind."""
+        return {kind: self._budget(self.state.global_step, kind) for kind in ("attention", "mlp")}
+
+    def _after_step(self) -> None:
+        """What is averaged over a step's micro-batches and processes."""
+        if self._means is not None:
+            self._means.step(lambda t: self.accelerator.reduce(t, "sum"))
+        if self._own is not None and self._own.running is not None:
+            step = self.state.global_step - 1
+            keep = {kind: self._budget(step, kind).keep or 1.0 for kind in ("attention", "mlp")}
+            self._own.step(keep, lambda mine: gather_object([mine]))
 
     def _plain(self) -> bool:
         """Whether the loss is a causal language model's own, which we compute by chunks."""
@@ -325,6 +348,7 @@ class GateSkipMixin:
         rates = {
             "gates": config.gate_learning_rate,
             "compensation": config.compensation_learning_rate,
+            "thresholds": config.threshold_learning_rate,
         }
         ids = backbone.parts(self.model)
         for group in list(optimizer.param_groups):
@@ -346,15 +370,28 @@ class GateSkipMixin:
             return
         folder = Path(output_dir or self.args.output_dir)
         save(self.model, folder)
-        write_options(folder, self._options())
+        write_options(folder, self._options(), self._averages())
         if getattr(self, "processing_class", None) is not None:
             self.processing_class.save_pretrained(folder)  # type: ignore[attr-defined]
         torch.save(self.args, folder / ARGUMENTS_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        check_options(folder, self._options())
+        averages = check_options(folder, self._options())
         restore(self.model, folder)
+        if self._means is not None:
+            self._means.take(averages["gate_means"])
+        if self._own is not None and self._own.running is not None:
+            self._own.running.take(averages["thresholds"])
+
+    def _averages(self) -> dict[str, Any]:
+        """What is averaged over steps, for a checkpoint."""
+        found: dict[str, Any] = {}
+        if self._means is not None:
+            found["gate_means"] = self._means.to_json()
+        if self._own is not None and self._own.running is not None:
+            found["thresholds"] = self._own.running.to_json()
+        return found
 
     def _options(self) -> dict[str, Any]:
         data = getattr(self, "train_dataset", None)
@@ -378,10 +415,43 @@ def _check(config: GateSkipTrainingConfig, gated: GateSkipState, arguments: Any)
         )
     how = getattr(arguments, "gradient_checkpointing_kwargs", None) or {}
     reentrant = getattr(arguments, "gradient_checkpointing", False) and how.get("use_reentrant")
+    if reentrant and config.thresholds == "learned":
+        raise UnsupportedError(
+            "thresholds='learned' get no gradient from reentrant checkpointing; pass "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )
     if reentrant and gated.config.kv_source == "previous":
         raise UnsupportedError(
             "kv_source='previous' hands keys from layer to layer, whose gradients reentrant "
             "checkpointing drops; pass gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )
+
+
+def _check_thresholds(
+    config: GateSkipTrainingConfig, gated: GateSkipState, calibration_data: Any
+) -> None:
+    """Thresholds have to be there, or text to find them on, and budgets within their reach."""
+    every, learned = config.calibrate_every, config.thresholds == "learned"
+    if (every or learned) and calibration_data is None:
+        what = "thresholds='learned'" if learned else f"calibrate_every={every}"
+        raise ConfigError(f"{what} needs calibration_data= (texts or id tensors).")
+    if every or learned:
+        check_tokens(count_tokens(encode(calibration_data)))
+    if config.arm != "gateskip" or config.thresholds in ("batch", "running"):
+        return
+    if gated.policy is not None:
+        for end in (config.budget_end, config.budget_attention, config.budget_mlp):
+            gated.resolve(None if end is None else Budget(**{config.budget_unit: end}))
+    elif learned:
+        raise ConfigError(
+            "thresholds='learned' begin at calibrated ones; call gateskip.calibrate(model, data) "
+            "first."
+        )
+    else:
+        warnings.warn(
+            "the model has no thresholds, so it trains at budget 1.0 and skips nothing; call "
+            "gateskip.calibrate(model, data) first.",
+            stacklevel=4,
         )
 
 
@@ -399,6 +469,7 @@ class _AfterStep(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         config = self.trainer.gateskip_args
+        self.trainer._after_step()
         gated, every = state_of(self.trainer.model), config.calibrate_every
         gated.fitted = gated.fitted or config.train_gates
         if every and state.global_step % every == 0 and state.global_step < state.max_steps:
@@ -440,6 +511,12 @@ class GateSkipTrainer(GateSkipMixin, Trainer):  # type: ignore[misc]
         )
 
     def finish(self) -> Any:
-        """Merge LoRA into the weights; returns the model, ready for inference and saving."""
+        """Merge LoRA into the weights; returns the model, ready for inference and saving.
+
+        Learned thresholds become the model's, with what they realise on ``calibration_data``.
+        """
         backbone.finish(self.model)
-        return self.model.eval()
+        self.model.eval()
+        if self._skips and self.gateskip_args.thresholds == "learned":
+            keep_learned(self.model, self.calibration_data)
+        return self.model

@@ -1,0 +1,81 @@
+"""What ``gateskip train`` checks before it loads a model, and the plan that it prints."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+from gateskip.errors import ConfigError
+
+__all__ = ["check_reports", "length_of", "print_plan"]
+
+LENGTH = 512
+
+#: Where the Trainer reports to, by the package that it needs, most common first.
+PACKAGES = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+    "comet_ml": ("comet_ml",),
+    "clearml": ("clearml",),
+    "swanlab": ("swanlab",),
+}
+
+
+def check_reports(names: Sequence[str]) -> None:
+    """Raise ConfigError for an unknown place, or one whose package is missing."""
+    from gateskip.config import one_of
+
+    for name in names:
+        one_of("report_to", name, tuple(PACKAGES))
+        if not any(importlib.util.find_spec(package) for package in PACKAGES[name]):
+            raise ConfigError(
+                f"report_to={name!r} needs a package: pip install {PACKAGES[name][0]}."
+            )
+
+
+def length_of(model: str, max_length: int | None) -> int:
+    """Tokens per row: what was asked for, else 512 or as many as the model has positions.
+
+    Reads the model's config alone; one that does not load is the loader's to report.
+
+    Raises:
+        ConfigError: more was asked for than the model has positions.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError):
+        return LENGTH if max_length is None else max_length
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return LENGTH if max_length is None else max_length
+    if max_length is not None and max_length > limit:
+        raise ConfigError(
+            f"max_length={max_length} is more than the {limit} positions of {model}; lower it."
+        )
+    return min(LENGTH, limit) if max_length is None else max_length
+
+
+def print_plan(console: Any, plan: Any) -> None:
+    """A plan in words."""
+    trained = ", ".join(f"{count:,} of {part}" for part, count in plan.trained.items())
+    total = sum(plan.trained.values())
+    console.print(
+        f"Would train {total:,} of {plan.parameters:,} parameters ({trained})\n"
+        f"for {plan.steps} steps of {plan.tokens_per_step:,.0f} tokens: {plan.epochs:.1f} passes "
+        f"over {plan.rows:,} rows.\n"
+        f"A forward pass of a token is {plan.macs_per_token / 1e6:,.1f} M MACs in the decoder.\n"
+        f"One step took {plan.step_seconds:.1f} s with nothing skipped, so all take about "
+        f"{_time(plan.seconds)}, fitting and calibration apart;\n"
+        f"most memory {plan.memory_bytes / 2**30:.2f} GiB. Nothing was trained or written."
+    )
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
