@@ -15,6 +15,7 @@ from gateskip.execution.hooks import WIRING, check_backend
 from gateskip.retrofit.attach import (
     find_family,
     head_of,
+    inner_model,
     install,
     layers_of,
     resume,
@@ -34,7 +35,7 @@ def attach(model: M, config: GateConfig | None = None) -> M:
     """Give every branch of a Hugging Face causal LM a gate, in place.
 
     Args:
-        model: a supported ``...ForCausalLM``.
+        model: a supported ``...ForCausalLM``, or PEFT's wrapper of one, whose base is gated.
         config: gate options; the defaults are low-rank gates of rank 16.
 
     Returns:
@@ -44,7 +45,11 @@ def attach(model: M, config: GateConfig | None = None) -> M:
         UnsupportedError: unknown architecture or attention back-end.
         AttachError: gated already. The model is left as it was after any error.
     """
-    config = config or GateConfig()
+    _attach(inner_model(model), config or GateConfig())
+    return model
+
+
+def _attach(model: nn.Module, config: GateConfig) -> None:
     hf_config: Any = getattr(model, "config", None)
     family = find_family(hf_config)
     if not hasattr(model, "generate") or head_of(model) is None:
@@ -63,7 +68,6 @@ def attach(model: M, config: GateConfig | None = None) -> M:
     earlier = vars(model).pop("_gateskip_tuned", None)
     if earlier is not None:
         state.tuned, state.backbone_trained, state.base = earlier
-    return model
 
 
 def detach(model: M) -> M:
@@ -74,10 +78,10 @@ def detach(model: M) -> M:
     Raises:
         AttachError: the model is not gated.
     """
-    state = state_of(model)
-    uninstall(model, state.family, WIRING)
+    state, inner = state_of(model), inner_model(model)
+    uninstall(inner, state.family, WIRING)
     if state.tuned or state.backbone_trained:
-        vars(model)["_gateskip_tuned"] = (state.tuned, state.backbone_trained, state.base)
+        vars(inner)["_gateskip_tuned"] = (state.tuned, state.backbone_trained, state.base)
     return model
 
 
@@ -148,9 +152,9 @@ def dense(model: nn.Module) -> Iterator[None]:
 
     For all threads, since the layers' classes change.
     """
-    state = state_of(model)
-    kept = suspend(model, state.family, WIRING)
+    state, inner = state_of(model), inner_model(model)
+    kept = suspend(inner, state.family, WIRING)
     try:
         yield
     finally:
-        resume(model, state.family, WIRING, kept)
+        resume(inner, state.family, WIRING, kept)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gateskip.config import Budget, GateConfig
 from gateskip.errors import CheckpointError
 from gateskip.execution.api import attach, detach
-from gateskip.retrofit.attach import gated_branches
+from gateskip.retrofit.attach import gated_branches, inner_model
 from gateskip.retrofit.checkpoint import read_backbone, read_checkpoint, write_checkpoint
 from gateskip.retrofit.fingerprint import check_fingerprint
 from gateskip.retrofit.hub import fetch
@@ -45,7 +45,7 @@ def save(
     """
     from gateskip import __version__
 
-    state = state_of(model)
+    state, model = state_of(model), inner_model(model)
     tensors: dict[str, Tensor] = {}
     seen: set[nn.Module] = set()  # a gate of all layers is written once
     for (layer, kind), module in gated_branches(model, state.family).items():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gateskip.config import BranchKey
 from gateskip.errors import ConfigError, DataError
 from gateskip.fitting.passes import eval_mode
+from gateskip.retrofit.attach import decoder_of
 from gateskip.retrofit.devices import device_of
 from gateskip.skipping.ledger import Trace
 from gateskip.skipping.state import override, state_of
@@ -124,7 +125,7 @@ def branch_usage(model: nn.Module, input_ids: Tensor) -> Usage:
         raise DataError(
             f"input_ids has shape {tuple(input_ids.shape)}; give one text as [1, T] with T ≥ 1."
         )
-    decoder = model.get_submodule(state.family.decoder)
+    decoder = decoder_of(model, state.family)
     device = device_of(decoder)
     recorder = Trace()
     with eval_mode(model), override(state, recorder=recorder):

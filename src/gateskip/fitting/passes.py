@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gateskip.config import BranchKey
 from gateskip.data import Batch
+from gateskip.retrofit.attach import decoder_of
 from gateskip.retrofit.devices import device_of
 from gateskip.skipping.call import Call
 from gateskip.skipping.state import override, state_of
@@ -80,7 +81,7 @@ def run_pass(
         override_fields: ``observer``, ``scores``, ``recorder`` or ``execution``.
     """
     state = state_of(model)
-    decoder = model.get_submodule(state.family.decoder)
+    decoder = decoder_of(model, state.family)
     device = device_of(decoder)
     with eval_mode(model), override(state, thresholds=thresholds, **override_fields):
         for batch in shown(batches, title):

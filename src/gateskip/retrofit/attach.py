@@ -30,6 +30,7 @@ __all__ = [
     "gate_of",
     "gated_branches",
     "head_of",
+    "inner_model",
     "install",
     "is_gated",
     "layers_of",
@@ -69,9 +70,22 @@ def find_family(config: Any) -> FamilySpec:
     return FAMILIES.get(name)
 
 
+def inner_model(model: nn.Module) -> nn.Module:
+    """The causal LM within wrappers: PEFT's, data-parallel and compiled ones."""
+    while True:
+        if hasattr(type(model), "get_base_model"):  # PEFT's
+            model = cast(Any, model).get_base_model()
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif "_orig_mod" in vars(model)["_modules"]:  # torch.compile's
+            model = cast(Any, model)._orig_mod
+        else:
+            return model
+
+
 def decoder_of(model: nn.Module, family: FamilySpec) -> nn.Module:
     """The module that owns the layers."""
-    return model.get_submodule(family.decoder)
+    return inner_model(model).get_submodule(family.decoder)
 
 
 def layers_of(model: nn.Module, family: FamilySpec) -> list[nn.Module]:
@@ -81,7 +95,7 @@ def layers_of(model: nn.Module, family: FamilySpec) -> list[nn.Module]:
 
 def head_of(model: nn.Module) -> nn.Module | None:
     """The module that makes logits of hidden states, or None."""
-    found = getattr(model, "get_output_embeddings", lambda: None)()
+    found = getattr(inner_model(model), "get_output_embeddings", lambda: None)()
     return found if isinstance(found, nn.Module) else None
 
 

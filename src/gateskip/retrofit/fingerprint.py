@@ -22,8 +22,17 @@ SIZES = (
 
 
 def _base_parameters(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    named = ((n, p) for n, p in model.named_parameters() if ".skip_" not in n)
+    named = (
+        (_plain(n), p)
+        for n, p in model.named_parameters()
+        if ".skip_" not in n and ".lora_" not in n
+    )
     return sorted(named, key=lambda item: item[0])
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without PEFT's layers around it."""
+    return name.replace(".base_layer.", ".")
 
 
 def _quantised(parameter: torch.Tensor) -> bool:
@@ -36,9 +45,9 @@ def _quantised(parameter: torch.Tensor) -> bool:
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights as they were before anything packed them."""
-    found = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found = {_plain(name): tuple(p.shape) for name, p in model.named_parameters()}
     for name, module in model.named_modules():
-        weight = f"{name}.weight"
+        weight = _plain(f"{name}.weight")
         if weight in found and isinstance(module, nn.Linear):
             found[weight] = (module.out_features, module.in_features)
     return found

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gateskip.config import BranchKey, Budget, GateConfig, RowBudgets, one_of
 from gateskip.costs import BranchCost, ModelShape, branch_cost
 from gateskip.errors import AttachError, BudgetError, ConfigError
+from gateskip.retrofit.attach import inner_model
 from gateskip.skipping.policy import ThresholdTable
 
 __all__ = ["GateSkipState", "Override", "current", "override", "state_of"]
@@ -105,8 +106,8 @@ def _thresholds(
 
 
 def state_of(model: nn.Module) -> GateSkipState:
-    """The state of a gated model. Raises AttachError when it is not gated."""
-    found = vars(model).get("_gateskip")
+    """The state of a gated model, wrapped or not. Raises AttachError when it is not gated."""
+    found = vars(inner_model(model)).get("_gateskip")
     if not isinstance(found, GateSkipState):
         raise AttachError(
             f"this {type(model).__name__} has no gates; call gateskip.attach(model) first."

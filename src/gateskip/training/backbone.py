@@ -10,13 +10,13 @@ from torch import nn
 
 from gateskip.errors import ConfigError, UnsupportedError
 from gateskip.gates import Gate
-from gateskip.retrofit.attach import gated_branches, layers_of
+from gateskip.retrofit.attach import gated_branches, inner_model, layers_of
 from gateskip.retrofit.lora import joined, live_factors, lora_layers, merge_live, mergeable
 from gateskip.skipping.compensation import Compensation, set_compensation
 from gateskip.skipping.state import state_of
 from gateskip.training.config import GateSkipTrainingConfig
 
-__all__ = ["finish", "parts", "prepare"]
+__all__ = ["finish", "free_added", "parts", "prepare"]
 
 
 def parts(model: nn.Module) -> dict[str, set[int]]:
@@ -36,8 +36,11 @@ def parts(model: nn.Module) -> dict[str, set[int]]:
     return found
 
 
-def prepare(model: nn.Module, config: GateSkipTrainingConfig) -> None:
+def prepare(model: nn.Module, config: GateSkipTrainingConfig, *, add_lora: bool = True) -> None:
     """Freeze, add LoRA layers, and make small trained parts float32, in place.
+
+    Args:
+        add_lora: False where somebody else will.
 
     Raises:
         UnsupportedError: a quantised backbone in full. ConfigError: PEFT is not installed.
@@ -45,28 +48,36 @@ def prepare(model: nn.Module, config: GateSkipTrainingConfig) -> None:
     state = state_of(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    if config.backbone == "lora":
-        _add_lora(model, config)
+    if config.backbone == "lora" and add_lora:
+        _add_lora(inner_model(model), config)
     elif config.backbone == "full":
         _free(model)
         state.backbone_trained = True
+    free_added(model, config)
+    # Parameters that are still to come.
+    later = config.thresholds == "learned" or not add_lora
+    if not later and not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(
+            "nothing is trained: there is no compensation yet (call gateskip.fit first), and "
+            "gates and backbone are frozen."
+        )
+
+
+def free_added(model: nn.Module, config: GateSkipTrainingConfig) -> None:
+    """Let what was added be trained, as the config says; small parts become float32."""
+    state = state_of(model)
     gates = config.arm == "gateskip"
     for module in gated_branches(model, state.family).values():
         for child in module.children():
             if isinstance(child, Gate):
-                for parameter in child.parameters():
-                    parameter.requires_grad_(gates and config.train_gates)
+                for parameter in child.parameters(recurse=False):
+                    learned = parameter is child.threshold
+                    parameter.requires_grad_(gates and (learned or config.train_gates))
             elif isinstance(child, Compensation):
                 # bfloat16 would round small updates away.
                 child.float()
                 for parameter in child.parameters():
                     parameter.requires_grad_(gates and config.train_compensation)
-    learned = config.thresholds == "learned"  # parameters that are still to come
-    if not learned and not any(p.requires_grad for p in model.parameters()):
-        raise ConfigError(
-            "nothing is trained: there is no compensation yet (call gateskip.fit first), and "
-            "gates and backbone are frozen."
-        )
 
 
 def _free(model: nn.Module) -> None:

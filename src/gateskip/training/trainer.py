@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, N labelled positions, H hidden.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import warnings
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from gateskip.data import count_tokens, encode
 from gateskip.errors import ConfigError, TrainingError, UnsupportedError
 from gateskip.execution.api import dense
 from gateskip.execution.checkpoint import restore, save
-from gateskip.retrofit.attach import head_of, is_gated
+from gateskip.retrofit.attach import head_of, inner_model, is_gated
 from gateskip.retrofit.lora import without_lora
 from gateskip.skipping.state import GateSkipState, override, state_of
 from gateskip.training import backbone
@@ -75,15 +76,24 @@ class GateSkipMixin:
     ) -> None:
         gated = state_of(model)
         config = gateskip_args or GateSkipTrainingConfig()
-        arguments = kwargs.get("args") or (args[0] if args else None)
+        arguments: Any = kwargs.get("args") or (args[0] if args else None)
         _check(config, gated, arguments)
+        if getattr(arguments, "ddp_find_unused_parameters", True) is None:
+            # Every parameter gets a gradient, see compute_loss; looking for others costs a step.
+            arguments.ddp_find_unused_parameters = False
         if arguments is not None:
             set_seed(arguments.seed)  # LoRA's initial weights come before the Trainer's own seeding
         self.gateskip_args = config
         self.calibration_data = calibration_data
         self._skips = config.arm == "gateskip"
         _check_thresholds(config, gated, calibration_data)
-        backbone.prepare(model, config)
+        # A trainer that is given PEFT's config adds its layers itself, and freezes all the rest.
+        theirs = kwargs.get("peft_config") is not None
+        if theirs and config.backbone != "lora":
+            raise ConfigError(
+                f"peft_config= trains adapters, and backbone={config.backbone!r}; drop one."
+            )
+        backbone.prepare(model, config, add_lora=not theirs)
         self._own = OwnThresholds(model, config) if self._skips else None
         self._means = None
         if config.penalty and config.penalty_kind in BY_MEAN:
@@ -98,6 +108,8 @@ class GateSkipMixin:
         #: Valid tokens trained on by this process since it began.
         self.tokens_seen = 0
         super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
+        if theirs:
+            backbone.free_added(self._gated, config)
         if getattr(self.args, "n_gpu", 1) > 1:
             raise UnsupportedError(
                 "several GPUs in one process (DataParallel) lose this thread's budget; start one "
@@ -113,6 +125,11 @@ class GateSkipMixin:
         self.add_callback(_AfterStep(self))  # type: ignore[attr-defined]
 
     @property
+    def _gated(self) -> Any:
+        """The gated model, within whatever wraps it."""
+        return inner_model(self.model)
+
+    @property
     def _teaches(self) -> bool:
         return self.gateskip_args.distill > 0.0
 
@@ -120,15 +137,15 @@ class GateSkipMixin:
         """The dense model before training: a backbone trained in full needs a second copy."""
         from transformers import AutoModelForCausalLM
 
-        with dense(self.model):
-            weights = {n: p for n, p in self.model.state_dict().items() if ".skip_" not in n}
+        with dense(self._gated):
+            weights = {n: p for n, p in self._gated.state_dict().items() if ".skip_" not in n}
             copy: nn.Module = AutoModelForCausalLM.from_config(
-                self.model.config, dtype=next(self.model.parameters()).dtype
+                self._gated.config, dtype=next(self._gated.parameters()).dtype
             )
             missing = copy.load_state_dict(weights, strict=False).missing_keys
         if set(missing) - set(getattr(copy, "_tied_weights_keys", None) or ()):
             raise UnsupportedError(f"the teacher's copy lacks {missing[0]!r}; set distill=0.")
-        return copy.to(next(self.model.parameters()).device).eval().requires_grad_(False)
+        return copy.to(next(self._gated.parameters()).device).eval().requires_grad_(False)
 
     # -- one step ---------------------------------------------------------------------------
 
@@ -139,14 +156,14 @@ class GateSkipMixin:
     def _budget(self, step: int, kind: str | None = None) -> Budget:
         """The budget of a step, or its branches' of one kind."""
         calibrated = self.gateskip_args.thresholds == "calibrated"
-        if not self._skips or (calibrated and state_of(self.model).policy is None):
+        if not self._skips or (calibrated and state_of(self._gated).policy is None):
             return Budget(compute=1.0)
         steps = max(int(self.state.max_steps), 1)
         return self._within(budget_at(self.gateskip_args, step, steps, self.args.seed, kind))
 
     def _within(self, budget: Budget) -> Budget:
         """Thresholds found again while training may end a little above the first ones' floor."""
-        policy, unit = state_of(self.model).policy, self.gateskip_args.budget_unit
+        policy, unit = state_of(self._gated).policy, self.gateskip_args.budget_unit
         if policy is None or self.gateskip_args.thresholds != "calibrated":
             return budget
         asked: float = getattr(budget, unit)
@@ -154,7 +171,7 @@ class GateSkipMixin:
 
     def evaluation_budget(self) -> Budget:
         """The lowest budget of the schedule: figures of different steps are of one budget."""
-        if not self._skips or state_of(self.model).policy is None:
+        if not self._skips or state_of(self._gated).policy is None:
             return Budget(compute=1.0)
         return self._within(self._lowest())
 
@@ -195,7 +212,7 @@ class GateSkipMixin:
             self.tokens_seen += int(inputs["attention_mask"].sum())
         objective = self._objective() if training else None
         budget = self.current_budget() if training else self.evaluation_budget()
-        if self._skips and not is_gated(self.model, state_of(self.model).family):
+        if self._skips and not is_gated(self._gated, state_of(self._gated).family):
             raise UnsupportedError("the model runs dense here, so it cannot learn to skip.")
         items = num_items_in_batch if training else None
         with self._context(budget, objective, training):
@@ -222,8 +239,12 @@ class GateSkipMixin:
             cost = objective.cost(tokens)
             self._note("expected_cost", cost)
             found = found + config.cost_weight * cost
-        if not found.requires_grad:  # only compensation trains, and this step skips nobody
-            found = found + sum(p.sum() * 0.0 for p in model.parameters() if p.requires_grad)
+        waits = self.args.world_size > 1 and not self.args.ddp_find_unused_parameters
+        if not found.requires_grad or waits:
+            # Where a step skips nobody, compensation has no part in it; on other ranks it may, and
+            # they wait for its gradient.
+            trained = [p for p in model.parameters() if p.requires_grad]
+            found = found + sum(p.flatten()[:1].sum() * 0.0 for p in trained)
         if not math.isfinite(float(found.detach())):
             raise TrainingError(self._not_finite("the loss", float(found.detach())))
         self._note("budget", budget.keep or budget.compute or 1.0)
@@ -234,7 +255,7 @@ class GateSkipMixin:
         config = self.gateskip_args
         if not self._skips or not (config.penalty or config.decision_gradient):
             return None
-        gated = state_of(self.model)
+        gated = state_of(self._gated)
         costs = None
         if config.cost_weight and gated.policy is not None:
             table, keys = gated.costs(), gated.policy.mean_keys
@@ -248,14 +269,14 @@ class GateSkipMixin:
     @contextlib.contextmanager
     def _context(self, budget: Budget, objective: Any, training: bool) -> Iterator[None]:
         if not self._skips:
-            with dense(self.model):
+            with dense(self._gated):
                 yield
             return
         assert self._own is not None
         own = self._own.now(self._keeps() if training else None)
         meter = self._meter if training else None
         with override(
-            state_of(self.model), budget=budget, objective=objective, recorder=meter, **own
+            state_of(self._gated), budget=budget, objective=objective, recorder=meter, **own
         ):
             yield
 
@@ -277,10 +298,10 @@ class GateSkipMixin:
         return False
 
     def _own_loss(self, inputs: dict[str, Any], items: Any) -> Tensor:
-        gated = state_of(self.model)
+        gated = state_of(self._gated)
         labels_BT = inputs["labels"]
         given = {k: v for k, v in inputs.items() if k != "labels"}
-        decoder, head = self.model.get_submodule(gated.family.decoder), self._head(self.model)
+        decoder, head = self._gated.get_submodule(gated.family.decoder), self._head(self._gated)
         chosen_BT = labelled(labels_BT)
         target_N = labels_BT[:, 1:][chosen_BT]
         with self.accelerator.autocast():  # the Trainer wraps model.forward, not the decoder's
@@ -299,21 +320,21 @@ class GateSkipMixin:
     def _head(self, model: Any) -> LogitHead:
         head = head_of(model)
         assert head is not None
-        return LogitHead(head, state_of(self.model).family, model.config)
+        return LogitHead(head, state_of(self._gated).family, model.config)
 
     @torch.no_grad()
     def _taught(self, given: dict[str, Any]) -> Tensor:
         """Hidden states of the teacher: no gates, no skipping, ``[B, T, H]``."""
-        family = state_of(self.model).family
+        family = state_of(self._gated).family
         if self._teacher is not None:
             decoder = self._teacher.get_submodule(family.decoder)
             return decoder(**given, use_cache=False).last_hidden_state
         with contextlib.ExitStack() as stack:
             if self._skips:
-                stack.enter_context(dense(self.model))
+                stack.enter_context(dense(self._gated))
             if self.gateskip_args.teacher == "before":
-                stack.enter_context(without_lora(self.model))
-            decoder = self.model.get_submodule(family.decoder)
+                stack.enter_context(without_lora(self._gated))
+            decoder = self._gated.get_submodule(family.decoder)
             return decoder(**given, use_cache=False).last_hidden_state
 
     def _not_finite(self, what: str, value: float) -> str:
@@ -350,7 +371,7 @@ class GateSkipMixin:
             "compensation": config.compensation_learning_rate,
             "thresholds": config.threshold_learning_rate,
         }
-        ids = backbone.parts(self.model)
+        ids = backbone.parts(self._gated)
         for group in list(optimizer.param_groups):
             for name, rate in rates.items():
                 mine = [p for p in group["params"] if id(p) in ids[name]]
@@ -369,7 +390,7 @@ class GateSkipMixin:
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        save(self.model, folder)
+        save(self._gated, folder)
         write_options(folder, self._options(), self._averages())
         if getattr(self, "processing_class", None) is not None:
             self.processing_class.save_pretrained(folder)  # type: ignore[attr-defined]
@@ -378,7 +399,7 @@ class GateSkipMixin:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         averages = check_options(folder, self._options())
-        restore(self.model, folder)
+        restore(self._gated, folder)
         if self._means is not None:
             self._means.take(averages["gate_means"])
         if self._own is not None and self._own.running is not None:
@@ -403,7 +424,7 @@ class GateSkipMixin:
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     def _load_best_model(self) -> None:
-        restore(self.model, self.state.best_model_checkpoint)
+        restore(self._gated, self.state.best_model_checkpoint)
 
 
 def _check(config: GateSkipTrainingConfig, gated: GateSkipState, arguments: Any) -> None:
@@ -412,6 +433,12 @@ def _check(config: GateSkipTrainingConfig, gated: GateSkipState, arguments: Any)
         raise ConfigError(
             f"decision_gradient={config.decision_gradient} moves linear scores, but the model "
             f"decides by importance={gated.config.importance!r}; set it to 0."
+        )
+    if config.arm == "gateskip" and _zero_stage(arguments) == 3:
+        raise UnsupportedError(
+            "DeepSpeed's zero_optimization stage 3 splits every weight over processes, and one "
+            "that skips a branch would not take part in gathering it; use zero_optimization stage "
+            "2, or FSDP2."
         )
     how = getattr(arguments, "gradient_checkpointing_kwargs", None) or {}
     reentrant = getattr(arguments, "gradient_checkpointing", False) and how.get("use_reentrant")
@@ -425,6 +452,17 @@ def _check(config: GateSkipTrainingConfig, gated: GateSkipState, arguments: Any)
             "kv_source='previous' hands keys from layer to layer, whose gradients reentrant "
             "checkpointing drops; pass gradient_checkpointing_kwargs={'use_reentrant': False}."
         )
+
+
+def _zero_stage(arguments: Any) -> int:
+    """The stage of DeepSpeed's ZeRO, 0 without it."""
+    given = getattr(arguments, "deepspeed", None)
+    if isinstance(given, str | Path):
+        given = json.loads(Path(given).read_text(encoding="utf-8"))
+    if not isinstance(given, dict):
+        plugin = getattr(arguments, "deepspeed_plugin", None)
+        return int(getattr(plugin, "zero_stage", 0) or 0)
+    return int(given.get("zero_optimization", {}).get("stage", 0))
 
 
 def _check_thresholds(
@@ -462,19 +500,22 @@ class _AfterStep(TrainerCallback):  # type: ignore[misc]
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        parameters = self.trainer.model.parameters()
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        trained = [p for p in self.trainer._gated.parameters() if p.requires_grad]
+        for parameter in trained:  # the same step, whether or not a batch had a part for it
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        norm = get_total_norm([p.grad for p in trained if p.grad is not None])
         if not math.isfinite(float(norm)):
             raise TrainingError(self.trainer._not_finite("the gradient's norm", float(norm)))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         config = self.trainer.gateskip_args
         self.trainer._after_step()
-        gated, every = state_of(self.trainer.model), config.calibrate_every
+        gated, every = state_of(self.trainer._gated), config.calibrate_every
         gated.fitted = gated.fitted or config.train_gates
         if every and state.global_step % every == 0 and state.global_step < state.max_steps:
             recalibrate(
-                self.trainer.model, self.trainer.calibration_data, grid=CALIBRATION_GRID,
+                self.trainer._gated, self.trainer.calibration_data, grid=CALIBRATION_GRID,
                 max_tokens=CALIBRATION_TOKENS,
             )  # fmt: skip
 
@@ -515,8 +556,8 @@ class GateSkipTrainer(GateSkipMixin, Trainer):  # type: ignore[misc]
 
         Learned thresholds become the model's, with what they realise on ``calibration_data``.
         """
-        backbone.finish(self.model)
-        self.model.eval()
+        backbone.finish(self._gated)
+        self._gated.eval()
         if self._skips and self.gateskip_args.thresholds == "learned":
-            keep_learned(self.model, self.calibration_data)
-        return self.model
+            keep_learned(self._gated, self.calibration_data)
+        return self._gated
