@@ -21,6 +21,7 @@ from models import LAYERS, tiny
 
 def test_fit_wrote_gates(folder: Path) -> None:
     assert {p.name for p in (folder / "gates").iterdir()} == {
+        "README.md",
         "gateskip_config.json",
         "gateskip_model.safetensors",
     }

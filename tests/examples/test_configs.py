@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
 from test_trl import words
+from typer.testing import CliRunner
 
 from gateskip.cli.main import app
 from models import VOCAB, tiny

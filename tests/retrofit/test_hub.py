@@ -90,3 +90,42 @@ def test_only_whole_gates_are_sent(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match="damaged"):
         gateskip.push_to_hub(tmp_path, "a/b")
+
+
+FIT = """
+import sys
+from gateskip.cli.main import main
+main(["fit", sys.argv[1], "--data", sys.argv[2], "--out", sys.argv[3], "--compensation-rank", "4",
+      "--push-to-hub", sys.argv[4]])
+"""
+
+
+def test_a_command_pushes_what_it_made(tmp_path: Path) -> None:
+    import json
+    import random
+
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    from models import VOCAB, tiny
+
+    tiny().save_pretrained(tmp_path / "base")
+    split = Tokenizer(WordLevel({f"w{n}": n for n in range(VOCAB)}, unk_token="w0"))
+    split.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=split, pad_token="w0").save_pretrained(
+        tmp_path / "base"
+    )
+    choose = random.Random(0)
+    rows = [{"text": " ".join(f"w{choose.randrange(VOCAB)}" for _ in range(50))} for _ in range(24)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = (tmp_path / "base", tmp_path / "d.jsonl", tmp_path / "out")
+    with hub() as server:
+        around = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "cache")}
+        early = program(FIT, *given, "someone/mine", **around)
+        assert "needs a token" in early.stderr
+        assert not (tmp_path / "out").exists()
+        done = program(FIT, *given, "someone/mine", **around, HF_TOKEN="hf_x")
+        assert done.returncode == 0, done.stderr
+        assert "README.md" in server.repositories["someone/mine"]

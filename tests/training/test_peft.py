@@ -180,3 +180,60 @@ def test_dpo_trainer(tmp_path: Path, adapter: bool) -> None:
     for entry in entries:
         assert 0.0 < entry["gate_penalty"] < 1.0
         assert 0.05 < entry["skip_rate"] < 0.95
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("own", [True, False])
+def test_lora_beside_4bit_weights(tmp_path: Path, own: bool) -> None:
+    """Adapters train below gates, by us or by PEFT's wrapper; the change is saved as factors and
+    comes back as layers, since packed weights cannot take it up."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments
+
+    from gateskip.training import GateSkipTrainer, make_dataset
+
+    config = tiny().config
+    config.intermediate_size = 128  # 4-bit blocks are 64 wide
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path / "base")
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=nf4, dtype=torch.bfloat16
+    )
+    if not own:
+        model = peft.get_peft_model(model, lora())
+    gateskip.attach(model, gateskip.GateConfig(init_std=0.3, init_bias=1.0, compensation_rank=4))
+    texts = [random_ids(1, 60, seed=n) for n in range(20)]
+    gateskip.fit(model, texts)
+    gateskip.calibrate(model, texts, grid=(0.8, 0.5))
+    run = GateSkipTrainer(
+        model,
+        TrainingArguments(
+            str(tmp_path / "run"), max_steps=2, per_device_train_batch_size=4, report_to=[],
+            learning_rate=1e-2, use_cpu=True, disable_tqdm=True, save_strategy="no",
+            logging_steps=1,
+        ),
+        train_dataset=make_dataset([random_ids(1, 12, seed=i)[0] for i in range(8)]),
+        gateskip_args=GateSkipTrainingConfig(
+            backbone="lora", train_gates=True, budget_unit="keep", budget_start=0.7, budget_end=0.7
+        ),
+    )  # fmt: skip
+    before = {n: p.detach().clone() for n, p in run.model.named_parameters() if p.requires_grad}
+    run.train()
+    moved = [n for n, p in run.model.named_parameters() if n in before and
+             not torch.equal(before[n], p)]  # fmt: skip
+    for kind in ("lora_A", "lora_B", "skip_gate", "skip_compensation"):
+        assert any(kind in name for name in moved), kind
+    model = run.finish()
+    trained = logits(model)
+    gateskip.save(model, tmp_path / "gates")
+    again = gateskip.load(
+        tmp_path / "gates", base=tmp_path / "base", quantization_config=nf4, dtype="bfloat16"
+    )
+    error = (logits(again) - trained).abs().float()
+    spread = float(trained.float().std())
+    assert float(error.mean()) < 0.1 * spread, "rounding of bfloat16 decides for a few"
+    gateskip.save(again, tmp_path / "more")
+    assert (tmp_path / "more" / "gateskip_model.safetensors").stat().st_size > 0

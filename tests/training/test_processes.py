@@ -97,3 +97,11 @@ def test_zero_3_is_refused(tmp_path: Path) -> None:
     arguments.deepspeed = {"zero_optimization": {"stage": 3}}
     with pytest.raises(UnsupportedError, match="zero_optimization stage 2"):
         GateSkipTrainer(with_table(gated()), arguments, train_dataset=[])
+
+
+def test_fully_shard_on_two_processes(tmp_path: Path) -> None:
+    launched(
+        "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(),
+        SCRIPT.with_name("fsdp_script.py"), tmp_path,
+    )  # fmt: skip
+    assert (tmp_path / "done").is_file()

@@ -8,8 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
+from gateskip.cli.hub import PushOption, check_repository, push
 from gateskip.cli.loading import DataOption, DtypeOption, load_base
-from gateskip.cli.output import STDOUT, JsonOption, check_json, console_for, write_json
+from gateskip.cli.output import (
+    STDOUT,
+    JsonOption,
+    check_json,
+    command_line,
+    console_for,
+    write_json,
+)
 from gateskip.cli.settings import configurable, section
 
 __all__ = ["fit"]
@@ -44,16 +52,19 @@ def fit(
         Path | None,
         typer.Option(metavar="FILE", help="Text for the thresholds; --data where left out."),
     ] = None,
+    push_to_hub: PushOption = None,
     dtype: DtypeOption = "auto",
     overwrite: Annotated[bool, typer.Option(help="Write into a folder that is not empty.")] = False,
     json: JsonOption = None,
 ) -> None:
     """Fit gates to a model, calibrate them, and save both (not the model) to a folder."""
+    given = dict(locals())
     from gateskip.config import GateConfig
     from gateskip.retrofit.checkpoint import check_output_folder
 
     check_output_folder(out, overwrite)
     check_json(json)
+    check_repository(push_to_hub)
     asked = {
         "kind": kind,
         "rank": rank,
@@ -69,6 +80,8 @@ def fit(
     calibration_rows = rows if calibration_data is None else read_texts(calibration_data)
 
     import gateskip
+    from gateskip.calibration.card import gate_rows, write_card
+    from gateskip.skipping.state import state_of
 
     console = console_for(json)
     base, tokenizer = load_base(model, dtype)
@@ -84,7 +97,13 @@ def fit(
         table = gateskip.calibrate(base, calibration_rows, tokenizer, progress=json != STDOUT)
         print_floor(console, table)
     gateskip.save(base, out, overwrite=overwrite)
+    name = state_of(base).base.get("name_or_path") or model
+    command = command_line("gateskip fit", {k: v for k, v in given.items() if k != "context"})
+    made = {"command": f"`{command}`", **gate_rows(config)}
+    made["fitted"] = f"in closed form on {report.tokens:,} tokens, mean r² {mean_r2:.2f}"
+    write_card(out, base=str(name), rows=made, table=table)
     console.print(f"Saved to {out}.")
+    push(console, out, push_to_hub)
     result: dict[str, Any] = {
         "out": str(out),
         "gate": config.to_json(),

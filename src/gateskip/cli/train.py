@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gateskip.cli.hub import PushOption, check_repository, push
 from gateskip.cli.loading import DtypeOption, dtype_of, load_base, load_gated
 from gateskip.cli.output import (
     STDOUT,
@@ -150,6 +151,7 @@ def train(
         bool, typer.Option("--dry-run", help="Say what it would take, and train nothing.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of data order, LoRA, new gates and random skips.")] = 0,
+    push_to_hub: PushOption = None,
     dtype: DtypeOption = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --out.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Write into a folder that is not empty.")] = False,
@@ -198,6 +200,7 @@ def train(
     from gateskip.data import read_rows, read_texts
 
     check_reports(report_to or [])
+    check_repository(push_to_hub)
     if early_stopping and eval_data is None:
         raise ConfigError(f"early_stopping={early_stopping} needs --eval-data.")
     every = save_every if eval_every is None else eval_every
@@ -306,4 +309,5 @@ def train(
         f"budgets down to compute={report.floor:.3f}."
     )
     console.print(f"Saved to {out}.")
+    push(console, out, push_to_hub)
     write_json(json, {"out": str(out), "options": options.to_json()} | dataclasses.asdict(report))

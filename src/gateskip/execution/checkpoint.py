@@ -11,11 +11,19 @@ from torch import Tensor, nn
 from gateskip.config import Budget, GateConfig
 from gateskip.errors import CheckpointError
 from gateskip.execution.api import attach, detach
-from gateskip.retrofit.attach import gated_branches, inner_model
+from gateskip.retrofit.attach import gated_branches, inner_model, is_sharded
 from gateskip.retrofit.checkpoint import read_backbone, read_checkpoint, write_checkpoint
 from gateskip.retrofit.fingerprint import check_fingerprint
 from gateskip.retrofit.hub import fetch
-from gateskip.retrofit.lora import Factors, joined, live_factors, load_live, merge
+from gateskip.retrofit.lora import (
+    Factors,
+    add_live,
+    joined,
+    live_factors,
+    load_live,
+    merge,
+    quantised,
+)
 from gateskip.skipping.compensation import Compensation, compensation_of, set_compensation
 from gateskip.skipping.policy import ThresholdTable
 from gateskip.skipping.state import state_of
@@ -40,6 +48,8 @@ def save(
         overwrite: False refuses a folder that exists and is not empty.
         dtype: store compensation and LoRA in this dtype; gates stay float32.
 
+    Of a model under ``fully_shard`` every process has to call it, and the first one writes.
+
     Raises:
         AttachError: not gated. OutputError: in the way or not writable; nothing is lost then.
     """
@@ -62,7 +72,10 @@ def save(
                 tensors[f"{prefix}.{name}.{factor}"] = _stored(tensor, dtype, False)
     backbone: dict[str, Tensor] | None = None
     if state.backbone_trained:
-        backbone = _backbone(model)
+        backbone = _whole(_backbone(model))
+    tensors = _whole(tensors)
+    if is_sharded(model, state.family) and torch.distributed.get_rank():
+        return
     config = {
         "gateskip_version": __version__,
         "gate": state.config.to_json(),
@@ -154,6 +167,11 @@ def _backbone(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with shards gathered; every process has to come here."""
+    return {n: getattr(t, "full_tensor", lambda t=t: t)() for n, t in tensors.items()}
+
+
 def _take_factors(tensors: dict[str, Tensor], prefix: str) -> Factors:
     """Move the backbone's factors out of a checkpoint's tensors."""
     begin = f"{prefix}."
@@ -173,8 +191,17 @@ def _tune(model: nn.Module, tuned: Factors, backbone: dict[str, Tensor] | None, 
     if backbone is not None:
         _fill_backbone(model, backbone, where)
         state.backbone_trained = True
+    if tuned and _packed(model, tuned):
+        add_live(model, tuned)
+        return
     merge(model, tuned)
     state.tuned = tuned
+
+
+def _packed(model: nn.Module, factors: Factors) -> bool:
+    """Whether the weights that a change is for are quantised."""
+    modules = dict(model.named_modules())
+    return any(name in modules and quantised(modules[name]) for name in factors)
 
 
 def _fill_backbone(model: nn.Module, backbone: dict[str, Tensor], where: str) -> None:

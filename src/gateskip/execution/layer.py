@@ -43,7 +43,7 @@ def layer_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs:
             "gateskip.detach(model) first."
         )
     if args:
-        base = type(layer).__dict__["_gateskip_base"]
+        base: Any = type(layer)._gateskip_base  # type: ignore[attr-defined]
         names = list(inspect.signature(base.forward).parameters)[2:]
         kwargs.update(zip(names, args, strict=False))
     place: Any = layer._gateskip_layer  # an attribute, since a graph cannot read vars()

@@ -33,6 +33,7 @@ __all__ = [
     "inner_model",
     "install",
     "is_gated",
+    "is_sharded",
     "layers_of",
     "resume",
     "suspend",
@@ -220,7 +221,13 @@ def uninstall(model: nn.Module, family: FamilySpec, wiring: Wiring) -> None:
 
 def is_gated(model: nn.Module, family: FamilySpec) -> bool:
     """Whether the layers of an attached model skip now, and are not suspended."""
-    return all("_gateskip_base" in vars(type(layer)) for layer in layers_of(model, family)[:1])
+    return all(hasattr(type(layer), "_gateskip_base") for layer in layers_of(model, family)[:1])
+
+
+def is_sharded(model: nn.Module, family: FamilySpec) -> bool:
+    """Whether FSDP2 has replaced the layers' classes in turn."""
+    layer = layers_of(model, family)[0]
+    return is_gated(model, family) and "_gateskip_base" not in vars(type(layer))
 
 
 def gate_of(module: nn.Module) -> Gate:
@@ -242,6 +249,11 @@ def suspend(model: nn.Module, family: FamilySpec, wiring: Wiring) -> dict[str, A
     Returns:
         What resume needs.
     """
+    if is_sharded(model, family):
+        raise UnsupportedError(
+            "a model under fully_shard cannot run dense or lose its gates; do so before it is "
+            "sharded."
+        )
     decoder = decoder_of(model, family)
     gated = _gated_modules(model, family)
     classes = [type(module) for module in gated]

@@ -7,7 +7,7 @@ inference pays nothing for it. Shapes: O output and I input features, R rank.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from gateskip.errors import CheckpointError, UnsupportedError
 
 __all__ = [
     "Factors",
+    "add_live",
+    "fits",
     "joined",
     "live_factors",
     "load_live",
@@ -24,6 +26,7 @@ __all__ = [
     "merge",
     "merge_live",
     "mergeable",
+    "quantised",
     "without_lora",
 ]
 
@@ -124,13 +127,57 @@ def merge(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Non
 
 def mergeable(name: str, layer: nn.Module) -> nn.Parameter:
     """The weight of a linear layer. Raises UnsupportedError where it is quantised."""
-    weight = layer._parameters.get("weight")
-    if type(layer) is not nn.Linear or weight is None or not weight.is_floating_point():
+    weight = _plain_weight(layer)
+    if weight is None:
         raise UnsupportedError(
             f"{name} is quantised or no plain linear layer, so a trained change cannot be merged "
             "into it; train without quantization_config and quantise afterwards."
         )
     return weight
+
+
+def quantised(layer: nn.Module) -> bool:
+    """Whether a linear layer's weight is packed, by bitsandbytes or torchao."""
+    return isinstance(layer, nn.Linear) and _plain_weight(layer) is None
+
+
+def _plain_weight(layer: nn.Module) -> nn.Parameter | None:
+    weight = layer._parameters.get("weight")
+    plain = type(layer) is nn.Linear and type(weight) is nn.Parameter
+    return weight if plain and weight is not None and weight.is_floating_point() else None
+
+
+def fits(model: nn.Module, names: Iterable[str]) -> bool:
+    """Whether every named layer's weight is a plain one that a change can be merged into."""
+    modules = (model.get_submodule(name) for name in names)
+    layers = (getattr(module, "base_layer", module) for module in modules)
+    return all(_plain_weight(layer) is not None for layer in layers)
+
+
+def add_live(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Add LoRA layers that compute a change beside quantised weights, which cannot take it up.
+
+    Raises:
+        CheckpointError: PEFT is not installed, or the layers are not the model's.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise CheckpointError(
+            "the backbone's change stays beside quantised weights, which needs PEFT: "
+            "pip install gateskip[train]."
+        ) from error
+    ranks = {name: int(down.shape[0]) for name, (down, _) in factors.items()}
+    highest = max(ranks.values())
+    config = LoraConfig(
+        r=highest, lora_alpha=highest, target_modules=sorted(ranks), rank_pattern=ranks,
+        alpha_pattern=ranks, init_lora_weights=False,
+    )  # fmt: skip
+    try:
+        inject_adapter_in_model(config, model)
+    except ValueError as error:
+        raise CheckpointError(f"the backbone's change names layers not in it ({error}).") from error
+    load_live(model, factors)
 
 
 def merge_live(model: nn.Module) -> Factors:

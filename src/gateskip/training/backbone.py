@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,12 +13,20 @@ from torch import nn
 from gateskip.errors import ConfigError, UnsupportedError
 from gateskip.gates import Gate
 from gateskip.retrofit.attach import gated_branches, inner_model, layers_of
-from gateskip.retrofit.lora import joined, live_factors, lora_layers, merge_live, mergeable
+from gateskip.retrofit.lora import (
+    fits,
+    joined,
+    live_factors,
+    lora_layers,
+    merge_live,
+    mergeable,
+    quantised,
+)
 from gateskip.skipping.compensation import Compensation, set_compensation
 from gateskip.skipping.state import state_of
 from gateskip.training.config import GateSkipTrainingConfig
 
-__all__ = ["finish", "free_added", "parts", "prepare"]
+__all__ = ["adapted", "finish", "free_added", "parts", "prepare"]
 
 
 def parts(model: nn.Module) -> dict[str, set[int]]:
@@ -117,7 +127,8 @@ def _add_lora(model: nn.Module, config: GateSkipTrainingConfig) -> None:
         if isinstance(module, nn.Linear)
     ]
     for name, module in linear:
-        mergeable(name, module)  # now, not when training is over
+        if not quantised(module):
+            mergeable(name, module)  # now, not when training is over
     if not linear:
         raise ConfigError(
             f"backbone='lora' needs linear layers, and {state.family.model_type} has none; use "
@@ -134,7 +145,8 @@ def _add_lora(model: nn.Module, config: GateSkipTrainingConfig) -> None:
     }
     inject_adapter_in_model(LoraConfig(**options), model)
     for name, layer in lora_layers(model):  # PEFT may have taken more than it was told to
-        mergeable(name, layer.base_layer)
+        if not quantised(layer.base_layer):
+            mergeable(name, layer.base_layer)
     _fuse_lora(model)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:  # bfloat16 would round small updates away
@@ -147,13 +159,31 @@ def _fuse_lora(model: nn.Module) -> None:
     speed_up(model)
 
 
+@contextlib.contextmanager
+def adapted(model: nn.Module) -> Iterator[None]:
+    """The Trainer refuses quantised weights without adapters; what was added here are some."""
+    name, held = "_hf_peft_config_loaded", vars(model)
+    before = held.get(name)
+    if getattr(model, "is_quantized", False):
+        held[name] = True
+    try:
+        yield
+    finally:
+        if before is None:
+            held.pop(name, None)
+        else:
+            held[name] = before
+
+
 def finish(model: nn.Module) -> None:
     """After training: LoRA merged into the weights, compensation in the model's dtype.
 
-    The model computes what it did, without LoRA's cost; saving it writes the factors.
+    The model computes what it did, without LoRA's cost; saving it writes the factors. Beside
+    quantised weights LoRA layers stay.
     """
-    state = state_of(model)
-    if live_factors(model):
+    state, model = state_of(model), inner_model(model)
+    live = live_factors(model)
+    if live and fits(model, live):
         state.tuned = joined(state.tuned, merge_live(model))
     for module in gated_branches(model, state.family).values():
         for child in list(module.children()):

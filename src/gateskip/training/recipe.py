@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 from transformers.trainer_callback import PrinterCallback
 
+from gateskip.calibration.card import gate_rows, write_card
 from gateskip.calibration.thresholds import calibrate
 from gateskip.config import GateConfig
 from gateskip.data import encode
@@ -24,7 +25,6 @@ from gateskip.errors import CheckpointError, ConfigError
 from gateskip.execution.checkpoint import save
 from gateskip.fitting.closed_form import fit
 from gateskip.skipping.state import state_of
-from gateskip.training.card import write_card
 from gateskip.training.checkpoints import CHECKPOINTS, START, clear, last_checkpoint
 from gateskip.training.config import GateSkipTrainingConfig
 from gateskip.training.dataset import make_dataset
@@ -142,7 +142,6 @@ def train(
             model, texts, tokenizer, grid=CALIBRATION_GRID, max_length=max_length,
             progress=progress,
         )  # fmt: skip
-    save(model, out)
     report = TrainReport(
         steps=int(trainer.state.global_step),
         tokens=trainer.tokens_seen,
@@ -151,14 +150,39 @@ def train(
         history=history,
         floor=1.0 if policy is None else policy.floor("compute"),
     )
-    state = state_of(model)
-    write_card(
-        out, base=str(state.base.get("name_or_path") or "the base model"), command=command,
-        gate=state.config, options=options, arm=arm_of(state.config, options),
-        steps=report.steps, seed=int(arguments.seed),
-        loss=report.loss, seconds=seconds, floor=report.floor,
-    )  # fmt: skip
+    if trainer.is_world_process_zero():
+        save(model, out)
+        state = state_of(model)
+        write_card(
+            out, base=str(state.base.get("name_or_path") or "the base model"),
+            rows=_card_rows(state.config, options, report, command, int(arguments.seed)),
+            table=policy,
+        )  # fmt: skip
     return report
+
+
+def _card_rows(
+    gate: GateConfig, options: GateSkipTrainingConfig, report: TrainReport, command: str, seed: int
+) -> dict[str, str]:
+    backbone = {
+        "frozen": "frozen",
+        "lora": f"LoRA of rank {options.lora_rank}, merged when loaded",
+        "full": "trained in full, saved beside",
+    }[options.backbone]
+    parts = (("gates", options.train_gates), ("compensation", options.train_compensation))
+    added = [name for name, moved in parts if moved]
+    budgets = f"{options.budget_unit} {options.budget_start:g} to {options.budget_end:g}"
+    return {
+        "arm": arm_of(gate, options),
+        "command": f"`{command}`",
+        **gate_rows(gate),
+        "trained beside the backbone": " and ".join(added) or "nothing",
+        "backbone": backbone,
+        "budgets in training": f"{budgets}, {options.schedule}, thresholds {options.thresholds}",
+        "steps, seed": f"{report.steps}, {seed}",
+        "last training loss": f"{report.loss:.3f}",
+        "duration": f"{report.seconds / 60:.0f} minutes",
+    }
 
 
 def plan_of(

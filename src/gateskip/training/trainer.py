@@ -27,7 +27,7 @@ from gateskip.data import count_tokens, encode
 from gateskip.errors import ConfigError, TrainingError, UnsupportedError
 from gateskip.execution.api import dense
 from gateskip.execution.checkpoint import restore, save
-from gateskip.retrofit.attach import head_of, inner_model, is_gated
+from gateskip.retrofit.attach import head_of, inner_model, is_gated, is_sharded
 from gateskip.retrofit.lora import without_lora
 from gateskip.skipping.state import GateSkipState, override, state_of
 from gateskip.training import backbone
@@ -44,6 +44,7 @@ from gateskip.training.objective import GateObjective, SkipMeter, labelled
 from gateskip.training.penalty import BY_MEAN, GateMeans
 from gateskip.training.recalibration import recalibrate
 from gateskip.training.schedule import budget_at, penalty_at
+from gateskip.training.sharding import average_added
 from gateskip.training.thresholds import OwnThresholds, keep_learned
 
 __all__ = ["GateSkipMixin", "GateSkipTrainer"]
@@ -107,7 +108,8 @@ class GateSkipMixin:
         self._valid: Tensor | None = None
         #: Valid tokens trained on by this process since it began.
         self.tokens_seen = 0
-        super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
+        with backbone.adapted(inner_model(model)):
+            super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
         if theirs:
             backbone.free_added(self._gated, config)
         if getattr(self.args, "n_gpu", 1) > 1:
@@ -197,6 +199,14 @@ class GateSkipMixin:
                 valid = self.accelerator.gather(valid).sum() / self.args.world_size
             self._valid = valid
         return samples, items
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; under FSDP2 the gradients of what was added are averaged."""
+        found = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        whole = self.accelerator.sync_gradients  # not within an accumulation
+        if whole and is_sharded(self._gated, state_of(self._gated).family):
+            average_added(self._gated)
+        return found
 
     def compute_loss(
         self,
