@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from commands import run
+import pytest
+from commands import fails, run
 from huggingface_hub import ModelCard
+
+from hub import TOKEN, serving
+
+# huggingface_hub's own call of its HTTP client.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
 def test_fit_and_train_write_a_card(folder: Path, tmp_path: Path) -> None:
@@ -30,3 +36,18 @@ def test_fit_and_train_write_a_card(folder: Path, tmp_path: Path) -> None:
     (out / "README.md").write_text("# Mine\n")
     run(*given, "--overwrite")
     assert (out / "README.md").read_text() == "# Mine\n", "somebody else's is left alone"
+
+
+def test_a_command_pushes_what_it_made(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    given = ("fit", folder / "base", "--data", folder / "data.jsonl", "--compensation-rank", 4,
+             "--push-to-hub", "someone/mine", "--out", tmp_path / "out")  # fmt: skip
+    with serving(monkeypatch, tmp_path / "cache") as hub:
+        assert "no token" in fails(capsys, *given)
+        assert not (tmp_path / "out").exists()
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        assert "Pushed to" in run(*given)
+        (files,) = hub.repos["someone/mine"]
+    assert {"README.md", "gateskip_config.json"} <= set(files)

@@ -152,6 +152,15 @@ def test_bad_assignments(
     assert "cannot be read" in fails(capsys, *given, "--config", tmp_path / "none.yaml")
 
 
+def test_gates_that_are_there_are_not_changed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("train", folder / "base", "--data", folder / "data.jsonl", "--out", tmp_path / "out")
+    message = fails(capsys, *given, "--gates", folder / "gates", "--set", "gate.importance=head")
+    assert "importance='head', but" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_command_takes_a_file(folder: Path, tmp_path: Path) -> None:
     config = write(tmp_path / "generate.yaml", "prompt: w1 w2\nmax_new_tokens: 3\n")
     found = as_json("generate", folder / "gates", "--base", folder / "base", "--config", config)

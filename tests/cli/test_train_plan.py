@@ -53,6 +53,18 @@ def test_early_stopping_keeps_the_best(folder: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert state["best_global_step"] == 2 * (best + 1)
 
+    def trained() -> bytes:
+        return (tmp_path / "out" / "gateskip_model.safetensors").read_bytes()
+
+    kept = trained()
+    again = as_json(
+        *begun(folder, tmp_path / "out"), "--steps", 40, "--resume", "--eval-data",
+        folder / "data.jsonl", "--eval-every", 2, "--save-every", 2, "--early-stopping", 2,
+        "--learning-rate", 3.0, "--set", "trainer.warmup_steps=0",
+    )  # fmt: skip
+    assert again["steps"] == found["steps"], "it ended, and is not trained on"
+    assert trained() == kept
+
 
 def test_reports(
     folder: Path,

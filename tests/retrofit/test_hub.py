@@ -1,131 +1,155 @@
-"""Pushing gates to a hub and loading them by name, against a stub of its HTTP interface."""
+"""Gates to a hub and back, over HTTP, and one clear error where that cannot be."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hub import hub
+import torch
+from huggingface_hub import ModelCard
 
 import gateskip
-from gateskip.errors import CheckpointError
-from models import gated, random_ids, with_table
+from gateskip.errors import AttachError, CheckpointError, OutputError
+from hub import TOKEN, Hub, serving
+from models import gated, random_ids, tiny, with_table
 
-PUSH = """
-import gateskip, sys
-print(gateskip.push_to_hub(sys.argv[1], "someone/gates", private=True, token="hf_x"))
-"""
-LOAD = """
-import sys, torch, gateskip
-from transformers import AutoModelForCausalLM
-ids = torch.load(sys.argv[2])
-model = gateskip.load("someone/gates", base=sys.argv[1], revision="main")
-with torch.no_grad(), gateskip.budget(model, keep=0.6):
-    torch.save(model(ids).logits, sys.argv[3])
-"""
+# huggingface_hub's own call of its HTTP client.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
-def program(text: str, *arguments: object, **environment: str) -> Any:
-    """Another process, since the hub's address is read when huggingface_hub is imported."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    return subprocess.run(
-        [sys.executable, "-c", text, *map(str, arguments)], env=kept | environment,
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    with serving(monkeypatch, tmp_path / "cache") as found:
+        yield found
 
 
-def test_push_and_load(tmp_path: Path) -> None:
-    import torch
-
-    model = with_table(gated(compensation="low_rank"))
-    ids = random_ids(2, 12)
-    with torch.no_grad(), gateskip.budget(model, keep=0.6):
-        wanted = model(ids).logits
-    gateskip.save(model, tmp_path / "gates")
-    (tmp_path / "gates" / "README.md").write_text("---\nlibrary_name: gateskip\n---\n# Gates\n")
-    (tmp_path / "gates" / "secret.txt").write_text("not to be sent")
-    gateskip.detach(model).save_pretrained(tmp_path / "base")
-    torch.save(ids, tmp_path / "ids.pt")
-    with hub() as server:
-        around = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "cache")}
-        pushed = program(PUSH, tmp_path / "gates", **around)
-        assert pushed.returncode == 0, pushed.stderr
-        assert "someone/gates/commit/" in pushed.stdout
-        files = server.repositories["someone/gates"]
-        assert set(files) == {
-            "README.md", "gateskip_config.json", "gateskip_model.safetensors",
-        }  # fmt: skip
-        assert server.private["someone/gates"] is True
-        assert server.messages == ["Upload gates"]
-        loaded = program(
-            LOAD, tmp_path / "base", tmp_path / "ids.pt", tmp_path / "out.pt", **around
-        )
-        assert loaded.returncode == 0, loaded.stderr
-    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), wanted, atol=1e-5, rtol=1e-5)
+def model() -> Any:
+    return with_table(gated(compensation="low_rank"))
 
 
-def test_what_the_hub_lacks(tmp_path: Path) -> None:
-    gateskip.save(with_table(gated()), tmp_path / "gates")
-    last = "import gateskip; gateskip.load('no/gates', base='x')"
-    with hub() as server:
-        around = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "cache")}
-        missing = program(last, **around)
-        no_token = program(
-            "import sys, gateskip; gateskip.push_to_hub(sys.argv[1], 'a/b')", tmp_path / "gates",
-            **around,
-        )  # fmt: skip
-    gone = program(last, **around)
-    assert "CheckpointError: path='no/gates' is no local folder" in missing.stderr
-    assert "CheckpointError: path='no/gates' is no local folder" in gone.stderr
-    assert "OutputError: repo_id='a/b'" in no_token.stderr
+def test_there_and_back(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    first = model()
+    gateskip.set_budget(first, keep=0.75)
+    url = gateskip.push_to_hub(first, "someone/gates", commit_message="Gates of a test")
+    assert url.startswith(f"{hub.url}/someone/gates/commit/")
+    assert hub.messages == ["Gates of a test"]
+    (files,) = hub.repos["someone/gates"]
+    assert set(files) == {"README.md", "gateskip_config.json", "gateskip_model.safetensors"}
+    assert hub.lfs_files == {"gateskip_model.safetensors"}, "tensors go by LFS, text does not"
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.library_name == "gateskip"
+    ids = random_ids(1, 12)
+    again = gateskip.load("someone/gates", base=tiny())
+    assert torch.equal(again(ids).logits, first(ids).logits)
+    # A second upload is a second commit; the first stays readable by its revision.
+    gateskip.set_budget(first, keep=0.5)
+    gateskip.push_to_hub(first, "someone/gates")
+    newest = gateskip.load("someone/gates", base=tiny())
+    assert torch.equal(newest(ids).logits, first(ids).logits)
+    assert not torch.equal(newest(ids).logits, again(ids).logits)
+    old = gateskip.load("someone/gates", base=tiny(), revision="v0")
+    assert torch.equal(old(ids).logits, again(ids).logits)
 
 
-def test_only_whole_gates_are_sent(tmp_path: Path) -> None:
-    gateskip.save(with_table(gated()), tmp_path)
-    weights = tmp_path / "gateskip_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-9])
-    with pytest.raises(CheckpointError, match="damaged"):
-        gateskip.push_to_hub(tmp_path, "a/b")
+def test_a_folder_goes_without_its_checkpoints(hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "trained"
+    gateskip.save(model(), folder)
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "gateskip_model.safetensors").write_bytes(b"large")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nmine")
+    gateskip.push_to_hub(folder, "someone/folder", private=True, token=TOKEN)
+    (files,) = hub.repos["someone/folder"]
+    assert set(files) == {"README.md", "gateskip_config.json", "gateskip_model.safetensors"}
+    assert files["README.md"].endswith(b"mine"), "a card that is there stays"
+    assert hub.private["someone/folder"]
 
 
-FIT = """
-import sys
-from gateskip.cli.main import main
-main(["fit", sys.argv[1], "--data", sys.argv[2], "--out", sys.argv[3], "--compensation-rank", "4",
-      "--push-to-hub", sys.argv[4]])
-"""
+def test_what_was_loaded_once_is_there_without_a_network(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    gateskip.push_to_hub(model(), "someone/gates", token=TOKEN)
+    gateskip.load("someone/gates", base=tiny())
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    gateskip.load("someone/gates", base=tiny())
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE"):
+        gateskip.load("someone/other", base=tiny())
 
 
-def test_a_command_pushes_what_it_made(tmp_path: Path) -> None:
-    import json
-    import random
-
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast
-
-    from models import VOCAB, tiny
-
+def test_a_fresh_process_takes_the_hub_from_its_environment(hub: Hub, tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path / "base")
-    split = Tokenizer(WordLevel({f"w{n}": n for n in range(VOCAB)}, unk_token="w0"))
-    split.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=split, pad_token="w0").save_pretrained(
-        tmp_path / "base"
+    first = model()
+    gateskip.push_to_hub(first, "someone/gates", private=True, token=TOKEN)
+    code = (
+        "import sys, gateskip, torch; model = gateskip.load('someone/gates', base=sys.argv[1], "
+        "revision='main'); torch.save(model(torch.arange(3, 15)[None]).logits, sys.argv[2])"
     )
-    choose = random.Random(0)
-    rows = [{"text": " ".join(f"w{choose.randrange(VOCAB)}" for _ in range(50))} for _ in range(24)]
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = (tmp_path / "base", tmp_path / "d.jsonl", tmp_path / "out")
-    with hub() as server:
-        around = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "cache")}
-        early = program(FIT, *given, "someone/mine", **around)
-        assert "needs a token" in early.stderr
-        assert not (tmp_path / "out").exists()
-        done = program(FIT, *given, "someone/mine", **around, HF_TOKEN="hf_x")
-        assert done.returncode == 0, done.stderr
-        assert "README.md" in server.repositories["someone/mine"]
+    here = {
+        "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN,
+        "HF_HUB_OFFLINE": "0", "PYTHONPATH": os.pathsep.join(sys.path),
+    }  # fmt: skip
+    subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "base", tmp_path / "logits.pt"],
+        check=True, env=os.environ | here, capture_output=True,
+    )  # fmt: skip
+    found = torch.load(tmp_path / "logits.pt")
+    assert torch.equal(found, first(torch.arange(3, 15)[None]).logits)
+
+
+def test_loading_says_what_is_wrong(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointError, match="'someone/none' does not exist on the hub, or is"):
+        gateskip.load("someone/none", base=tiny())
+    gateskip.push_to_hub(model(), "someone/gates", private=True, token=TOKEN)
+    with pytest.raises(CheckpointError, match=r"private.*hf auth login"):
+        gateskip.load("someone/gates", base=tiny())
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(CheckpointError, match="no revision 'v7'"):
+        gateskip.load("someone/gates", base=tiny(), revision="v7")
+    hub.repos["someone/plain"] = [{"config.json": b"{}"}]
+    hub.private["someone/plain"] = False
+    with pytest.raises(CheckpointError, match=r"no gateskip_config.json"):
+        gateskip.load("someone/plain", base=tiny())
+
+
+def test_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with serving(monkeypatch, tmp_path / "cache"):
+        pass  # the address stays, nobody answers
+    from huggingface_hub import constants
+
+    closed = model()
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(CheckpointError, match=r"'someone/gates'.*cannot be reached"):
+        gateskip.load("someone/gates", base=tiny())
+    with pytest.raises(OutputError, match=r"repo_id='someone/gates'.*cannot be reached"):
+        gateskip.push_to_hub(closed, "someone/gates", token=TOKEN)
+
+
+def test_uploading_says_what_is_wrong(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"no token.*hf auth login"):
+        gateskip.push_to_hub(model(), "someone/gates")
+    with pytest.raises(OutputError, match=r"refuses this token \(401\)"):
+        gateskip.push_to_hub(model(), "someone/gates", token="hf_reads")
+    with pytest.raises(OutputError, match="names no owner"):
+        gateskip.push_to_hub(model(), "gates", token=TOKEN)
+    with pytest.raises(OutputError, match="no name of the hub"):
+        gateskip.push_to_hub(model(), "some one/gates", token=TOKEN)
+    with pytest.raises(CheckpointError, match="no folder"):
+        gateskip.push_to_hub(tmp_path / "none", "someone/gates", token=TOKEN)
+    with pytest.raises(CheckpointError, match=r"no gateskip_config.json"):
+        gateskip.push_to_hub(tmp_path, "someone/gates", token=TOKEN)
+    with pytest.raises(AttachError):
+        gateskip.push_to_hub(tiny(), "someone/gates", token=TOKEN)
+    assert hub.repos == {}, "nothing was made"
+
+
+def test_a_revision_is_for_hub_names(tmp_path: Path) -> None:
+    gateskip.save(model(), tmp_path / "gates")
+    with pytest.raises(CheckpointError, match="revision='main' is for a hub name"):
+        gateskip.load(tmp_path / "gates", base=tiny(), revision="main")

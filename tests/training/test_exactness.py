@@ -163,3 +163,26 @@ def test_gates_stay_float32_under_autocast(tmp_path: Path) -> None:
     assert set(seen) == {torch.float32}
     assert set(values) == {torch.float32}
     assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_decisions_under_autocast_are_those_of_float32_scores(dtype: torch.dtype) -> None:
+    model, ids = gated(), random_ids(2, 14)
+    scores: dict[Any, Tensor] = {}
+
+    class Taken:
+        def add(self, key: Any, score_BT: Tensor, call: Any) -> None:
+            scores[key] = score_BT
+
+    thresholds = medians(model)
+    with override(state_of(model), thresholds=thresholds, scores=Taken()):
+        with torch.autocast("cpu", dtype), gateskip.trace(model) as trace:
+            model(ids)
+    first = (0, "attention")  # whose input no product has rounded yet
+    assert scores[first].dtype == torch.float32
+    with override(state_of(model), thresholds=thresholds, scores=Taken()):
+        exact = scores[first].clone()
+        model(ids)
+    torch.testing.assert_close(scores[first], exact, atol=1e-5, rtol=1e-5)
+    assert trace.ledger.skip_rate > 0.2

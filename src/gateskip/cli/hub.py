@@ -7,8 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from gateskip.errors import ConfigError
-
 __all__ = ["PushOption", "check_repository", "push"]
 
 PushOption = Annotated[
@@ -18,19 +16,12 @@ PushOption = Annotated[
 
 
 def check_repository(name: str | None) -> None:
-    """Raise ConfigError, before any work, where a name is none or nobody is logged in."""
+    """Raise OutputError, before any work, where a name is none or nobody is logged in."""
     if name is None:
         return
-    from huggingface_hub import get_token
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from gateskip.retrofit.hub import check_target
 
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise ConfigError(f"push_to_hub={name!r} is no repository name: {error}.") from error
-    if get_token() is None:
-        raise ConfigError(f"push_to_hub={name!r} needs a token; run `hf auth login` first.")
+    check_target(name)
 
 
 def push(console: Any, folder: Path, name: str | None) -> None:

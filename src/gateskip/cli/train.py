@@ -230,8 +230,10 @@ def train(
         there = state_of(gated).config
         if arm != "control" and (arm == "random") != (there.importance == "random"):
             raise ConfigError(f"arm={arm!r}, but {begun} has importance={there.importance!r}.")
+        if arm == "random":
+            asked.pop("importance")  # held against the gates just now
         for name, value in config.to_json().items():
-            if name in asked and name != "importance" and there.to_json()[name] != value:
+            if name in asked and there.to_json()[name] != value:
                 raise ConfigError(
                     f"{name}={value!r}, but {begun} has gates with {there.to_json()[name]!r}."
                 )

@@ -14,7 +14,7 @@ from gateskip.execution.api import attach, detach
 from gateskip.retrofit.attach import gated_branches, inner_model, is_sharded
 from gateskip.retrofit.checkpoint import read_backbone, read_checkpoint, write_checkpoint
 from gateskip.retrofit.fingerprint import check_fingerprint
-from gateskip.retrofit.hub import fetch
+from gateskip.retrofit.hub import download, is_hub_name
 from gateskip.retrofit.lora import (
     Factors,
     add_live,
@@ -153,9 +153,14 @@ def load(
 
 
 def _folder(path: str | Path, revision: str | None) -> Path:
-    if Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
-        return Path(path).expanduser()
-    return fetch(str(path), revision)
+    if is_hub_name(path):
+        return download(str(path), revision=revision)
+    if revision is not None:
+        raise CheckpointError(
+            f"revision={revision!r} is for a hub name, but path={str(path)!r} is a folder; drop "
+            "one."
+        )
+    return Path(path).expanduser()
 
 
 def _backbone(model: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Gates on the Hugging Face hub: what :func:`gateskip.save` writes, as a repository.
+"""``push_to_hub``: a gated model, or a folder of gates, to the Hugging Face hub with its card.
 
 The base model is not uploaded; the repository names it.
 """
@@ -7,70 +7,51 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from gateskip.errors import OutputError
+from gateskip.errors import CheckpointError
 from gateskip.execution.checkpoint import save
-from gateskip.retrofit.checkpoint import read_checkpoint
-from gateskip.retrofit.hub import first_line
+from gateskip.retrofit.hub import check_target, upload
+from gateskip.skipping.card import card_of
 
 __all__ = ["push_to_hub"]
 
-FILES = ("gateskip_*", "README.md", "*.png")
-
 
 def push_to_hub(
-    source: nn.Module | str | Path,
+    model: nn.Module | str | Path,
     repo_id: str,
     *,
     private: bool | None = None,
     token: str | None = None,
-    revision: str | None = None,
     commit_message: str = "Upload gates",
 ) -> str:
-    """Upload gates, thresholds and their card to a hub repository, which is made if need be.
+    """Upload gates, thresholds and what training changed in the backbone; not the base model.
 
     Args:
-        source: a gated model, or a folder that :func:`gateskip.save` wrote.
-        repo_id: ``"user/name"``.
-        private: whether a new repository is private; None takes the account's default.
-        token: None takes the one of ``hf auth login``.
+        model: a gated model, or a folder that :func:`gateskip.save` wrote.
+        repo_id: ``user/name``; made where it does not exist.
+        private: of a new repository; None takes the owner's default.
+        token: None takes the one that ``hf auth login`` or ``HF_TOKEN`` left.
 
     Returns:
-        The address of the commit.
+        The commit's address. ``gateskip.load(repo_id)`` reads what was uploaded.
 
     Raises:
-        CheckpointError: the folder has no gates. OutputError: the hub did not take it.
+        AttachError: the model is not gated. CheckpointError: the folder holds no gates.
+        OutputError: no token, not allowed, or the hub cannot be reached.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-
-    if isinstance(source, nn.Module):
-        with tempfile.TemporaryDirectory() as folder:
-            save(source, folder)
-            return push_to_hub(
-                folder, repo_id, private=private, token=token, revision=revision,
-                commit_message=commit_message,
-            )  # fmt: skip
-    read_checkpoint(Path(source))  # whole, before anything is sent
-    api = HfApi(token=token)
-    try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        commit: Any = api.upload_folder(
-            repo_id=repo_id, folder_path=str(source), allow_patterns=list(FILES),
-            revision=revision, commit_message=commit_message,
-        )  # fmt: skip
-    except LocalTokenNotFoundError as error:
-        raise OutputError(
-            f"repo_id={repo_id!r}: no token to write with; run `hf auth login`, or pass token=."
-        ) from error
-    except HFValidationError as error:
-        raise OutputError(f"repo_id={repo_id!r} is no repository name: {error}.") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise OutputError(
-            f"repo_id={repo_id!r}: the hub did not take the gates ({first_line(error)}); what is "
-            "saved locally stays."
-        ) from error
-    return str(commit.commit_url)
+    check_target(repo_id, token)
+    with tempfile.TemporaryDirectory() as temporary:
+        if isinstance(model, nn.Module):
+            folder = Path(temporary) / repo_id.rpartition("/")[2]
+            save(model, folder)
+        else:
+            folder = Path(model)
+            if not folder.is_dir():
+                raise CheckpointError(
+                    f"path={str(folder)!r} is no folder; give a gated model or a folder of gates."
+                )
+        if not (folder / "README.md").is_file():
+            card_of(folder)
+        return upload(folder, repo_id, private=private, token=token, commit_message=commit_message)

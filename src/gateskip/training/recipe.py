@@ -17,13 +17,13 @@ from typing import Any
 from torch import nn
 from transformers.trainer_callback import PrinterCallback
 
-from gateskip.calibration.card import gate_rows, write_card
 from gateskip.calibration.thresholds import calibrate
 from gateskip.config import GateConfig
 from gateskip.data import encode
 from gateskip.errors import CheckpointError, ConfigError
-from gateskip.execution.checkpoint import save
+from gateskip.execution.checkpoint import restore, save
 from gateskip.fitting.closed_form import fit
+from gateskip.skipping.card import gate_rows, write_card
 from gateskip.skipping.state import state_of
 from gateskip.training.checkpoints import CHECKPOINTS, START, clear, last_checkpoint
 from gateskip.training.config import GateSkipTrainingConfig
@@ -128,8 +128,11 @@ def train(
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # what is printed belongs to the caller
     began = time.perf_counter()
-    if checkpoint is not None and _steps(checkpoint) >= arguments.max_steps > 0:
+    if checkpoint is not None and _finished(checkpoint, arguments.max_steps):
         trainer.take(checkpoint)  # the Trainer would take one step more
+        best = trainer.state.best_model_checkpoint
+        if arguments.load_best_model_at_end and best is not None:
+            restore(model, best)
     else:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - began
@@ -212,9 +215,12 @@ def arm_of(gate: GateConfig, options: GateSkipTrainingConfig) -> str:
     return "random" if gate.importance == "random" else options.arm
 
 
-def _steps(checkpoint: Path) -> int:
+def _finished(checkpoint: Path, max_steps: int) -> bool:
+    """Whether a training ended there: all steps done, or stopped early."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return int(state["global_step"])
+    control = (state.get("stateful_callbacks") or {}).get("TrainerControl") or {}
+    stopped = bool((control.get("args") or {}).get("should_training_stop"))
+    return stopped or int(state["global_step"]) >= max_steps > 0
 
 
 def check_tokenizer(tokenizer: Any, data: Any) -> None:

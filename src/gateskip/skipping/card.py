@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gateskip.config import GateConfig
+from gateskip.errors import CheckpointError
+from gateskip.retrofit.checkpoint import read_checkpoint
 from gateskip.skipping.policy import ThresholdTable
 
-__all__ = ["MARK", "gate_rows", "write_card"]
+__all__ = ["MARK", "card_of", "gate_rows", "write_card"]
 
 MARK = "by gateskip (arXiv 2510.13876)"
 TEXT = """---
@@ -86,3 +88,15 @@ def write_card(
     temporary = folder / ".README.md.tmp"
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, target)
+
+
+def card_of(folder: Path) -> None:
+    """A card of what a checkpoint folder itself says. Raises CheckpointError."""
+    config, _ = read_checkpoint(folder)
+    try:
+        gate, policy = GateConfig.from_json(config["gate"]), config.get("policy")
+        base = str(config["base"].get("name_or_path") or "the base model")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder} lacks {error}; save again.") from error
+    table = None if policy is None else ThresholdTable.from_json(policy)
+    write_card(folder, base=base, rows=gate_rows(gate), table=table)
