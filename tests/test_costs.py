@@ -63,13 +63,13 @@ def test_shape_of_a_model_is_its_weights(family: str) -> None:
     assert find_family(model.config).shape(tiny(family, dtype=torch.bfloat16)).weight_bytes == 2
 
 
-@pytest.mark.parametrize("kind", ["low_rank", "scalar", "vector"])
+@pytest.mark.parametrize("kind", GATES.names())
 def test_gate_parameters_are_the_modules(kind: str) -> None:
-    config = GateConfig(kind=kind, rank=4)
+    config = GateConfig(kind=kind, rank=4, groups=6)
     gate = GATES.get(kind).build(config, 24, torch.Generator())
-    assert gate_parameters(kind, 24, 4) == sum(p.numel() for p in gate.parameters())
+    assert gate_parameters(kind, 24, 4, 6) == sum(p.numel() for p in gate.parameters())
     weights = sum(p.numel() for n, p in gate.named_parameters() if n != "bias")
-    assert gate_macs(kind, 24, 4) == weights
+    assert gate_macs(kind, 24, 4, 6) == weights
 
 
 def test_unknown_gate_kind() -> None:

@@ -57,6 +57,8 @@ def test_what_is_nearer_wins(folder: Path, tmp_path: Path) -> None:
     assert (gate["rank"], gate["init_bias"], gate["compensation_rank"]) == (5, 4.5, 2)
     run("fit", *common, "--out", tmp_path / "a", "--rank", 5, "--set", "gate.rank=6")
     assert written(tmp_path / "a")["gate"]["rank"] == 6
+    run("fit", *common, "--out", tmp_path / "a", "--rank", 5, "--set", "rank=7")
+    assert written(tmp_path / "a")["gate"]["rank"] == 7
 
 
 def test_train_from_a_file(folder: Path, tmp_path: Path) -> None:

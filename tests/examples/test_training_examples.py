@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import launched, two_processes
 from test_trl import words
 from transformers import AutoModelForCausalLM
 
@@ -51,17 +48,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def ran(*command: object) -> None:
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, cwd=ROOT, capture_output=True,
-        text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def works(folder: Path, out: Path) -> None:
     model = gateskip.load(out, base=folder / "base")
     with torch.no_grad(), gateskip.budget(model, compute=0.85), gateskip.trace(model) as trace:
@@ -71,20 +57,13 @@ def works(folder: Path, out: Path) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sft_chat(folder: Path, tmp_path: Path, processes: int) -> None:
-    launch: tuple[object, ...] = ()
-    if processes == 2:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2,
-                  "--mixed_precision", "no", "--dynamo_backend", "no", "--num_machines", 1,
-                  "--main_process_port", port)  # fmt: skip
-    ran(*launch, EXAMPLES / "sft_chat.py", folder / "base", folder / "rows.jsonl",
+    launch = two_processes() if processes == 2 else ()
+    launched(*launch, EXAMPLES / "sft_chat.py", folder / "base", folder / "rows.jsonl",
         tmp_path / "out", "--steps", 2)  # fmt: skip
     works(folder, tmp_path / "out")
 
 
 def test_frozen_4bit(folder: Path, tmp_path: Path) -> None:
-    ran(EXAMPLES / "frozen_4bit.py", folder / "base", folder / "rows.jsonl", tmp_path / "out",
+    launched(EXAMPLES / "frozen_4bit.py", folder / "base", folder / "rows.jsonl", tmp_path / "out",
         "--steps", 2)  # fmt: skip
     works(folder, tmp_path / "out")

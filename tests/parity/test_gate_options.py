@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import gateskip
 from gateskip.errors import ConfigError, UnsupportedError
-from gateskip.execution import stack
-from gateskip.retrofit.attach import gate_of, gated_branches, layers_of
+from gateskip.retrofit.attach import decoder_of, gate_of, gated_branches, layers_of
 from gateskip.skipping.state import override, replay, state_of
+from gateskip.training.objective import GateObjective
 from models import LAYERS, gated, medians, padded, random_ids, through_cache, tiny, with_table
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -166,16 +167,26 @@ def test_detached_input(detached: bool, placement: str) -> None:
     """With the branch's output fixed, only the gate's input can carry a gradient to the norm."""
     model = gated(detach_input=detached, placement=placement)
     layer = layers_of(model, state_of(model).family)[0]
-    penalty = gateskip.training.GateSkipTrainer  # the trainer's objective reads the same input
-    assert penalty is not None
-    from gateskip.training.objective import GateObjective
-
     objective = GateObjective()
     with override(state_of(model), objective=objective):
         model(random_ids(1, 8))
     objective.mean().backward()
     reached = layer.input_layernorm.weight.grad is not None
     assert reached == (not detached)
+
+
+@pytest.mark.parametrize("placement", ["after", "before"])
+def test_the_value_carries_a_gradient_to_its_input(placement: str) -> None:
+    """The same values either way; the norm before a branch hears of the gate, or does not."""
+    found = []
+    for detached in (True, False):
+        model = gated(detach_input=detached, placement=placement)
+        logits = model(random_ids(1, 8)).logits
+        logits.square().mean().backward()
+        last = layers_of(model, state_of(model).family)[-1].post_attention_layernorm
+        found.append((logits.detach(), last.weight.grad.clone()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert not torch.allclose(found[0][1], found[1][1], atol=1e-6)
 
 
 @torch.no_grad()
@@ -303,4 +314,22 @@ def test_what_the_kernels_cannot_stand_in_for(stacked: list[bool]) -> None:
         with override(state_of(model), thresholds=medians(model)):
             through_cache(model, ids, torch.ones_like(ids), torch.arange(6)[None], 1)
         fits = state_of(model).config.fusible and name != "mlp"
-        assert any(stacked) == (fits and stack is not None), name
+        assert any(stacked) == fits, name
+
+
+@options
+@torch.no_grad()
+def test_the_ledger_is_what_the_flop_counter_sees(name: str) -> None:
+    """Gates, decisions and compensation of every kind are counted, at their real price."""
+    model = built(name, compensation="low_rank")
+    state = state_of(model)
+    with override(state, thresholds=medians(model)):
+        with FlopCounterMode(display=False) as counter, gateskip.trace(model) as trace:
+            decoder_of(model, state.family)(random_ids(1, 24), use_cache=False)
+    counts = counter.get_flop_counts()["Global"]
+    linear = sum(n for op, n in counts.items() if str(op) in ("aten.mm", "aten.addmm")) / 2
+    call = trace.calls[0]
+    keep = [call.keep.get((i, "attention"), call.valid_BT) for i in range(LAYERS)]
+    attended = sum(float((call.keys_BT * mask).sum()) for mask in keep)
+    expected = trace.ledger.macs_spent - state.shape.macs_per_key * attended
+    assert abs(linear - expected) <= 0.03 * expected

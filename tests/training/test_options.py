@@ -53,7 +53,6 @@ def trainer(
 
 def values(model: Any) -> dict[Any, Tensor]:
     """Σ mean g over valid tokens of the training rows, over their number, per branch."""
-    objective = GateObjective(penalty="l1")
     batch = [data()[i]["input_ids"] for i in range(16)]
     totals: dict[Any, float] = {}
     tokens = 0
@@ -353,6 +352,12 @@ def test_learned_thresholds_need_a_beginning_and_text(tmp_path: Path) -> None:
             tmp_path, config, text=TEXT, gradient_checkpointing=True,
             gradient_checkpointing_kwargs={"use_reentrant": True},
         )  # fmt: skip
+
+
+def test_straight_through_weighs_one_branch(tmp_path: Path) -> None:
+    config = GATES | {"penalty": 0.0, "decision_gradient": 0.5}
+    with pytest.raises(ConfigError, match="decision='layer' skips two at once"):
+        trainer(tmp_path, config, model=with_table(gated(decision="layer")))
 
 
 # -- presets --------------------------------------------------------------------------------

@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import free_port, launched, two_processes
 
 import gateskip
 from models import random_ids, tiny
 
 SCRIPT = Path(__file__).with_name("ddp_script.py")
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
-
-
-def launched(*command: object) -> None:
-    """Run a program that must end well, and soon."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True,
-        timeout=180, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +23,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     (root / "one").mkdir()
     (root / "two").mkdir()
     launched(SCRIPT, root / "one", 8)
-    launched(
-        # --cpu alone starts one process; this is gloo on two, since no GPU is to be used.
-        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2,
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port(),
-        SCRIPT, root / "two", 4,
-    )  # fmt: skip
+    launched(*two_processes(), SCRIPT, root / "two", 4)
     return root / "one", root / "two"
 
 

@@ -10,7 +10,7 @@ from rich.progress import Progress
 from torch import nn
 
 from gateskip.config import ALLOCATIONS, BranchKey, one_of
-from gateskip.data import count_tokens, encode, take_tokens, to_batches
+from gateskip.data import Batch, count_tokens, encode, take_tokens, to_batches
 from gateskip.errors import BudgetError, DataError
 from gateskip.fitting.closed_loop import Allocation, closed_loop, keep_all, measure
 from gateskip.skipping.policy import ThresholdTable
@@ -50,18 +50,13 @@ def calibrate(
     """
     state = state_of(model)
     one_of("allocation", allocation, ALLOCATIONS)
-    samples = take_tokens(encode(data, tokenizer, max_length), max_tokens)
-    tokens = count_tokens(samples)
-    check_tokens(tokens)
+    batches, tokens, mean_keys = _text(data, tokenizer, max_tokens, max_length)
     if not state.fitted:
         warnings.warn(
             "the gates were never fitted or trained, so they rank tokens at random; call "
             "gateskip.fit(model, data) first.",
             stacklevel=2,
         )
-    batches = to_batches(samples)
-    lengths = [sample.ids.shape[0] for sample in samples]
-    mean_keys = sum(n * (n + 1) / 2 for n in lengths) / sum(lengths)
     split = Allocation.of(state, allocation, weigh_cost, mean_keys)
     rows: list[tuple[float, float, tuple[float, ...]]] = []
     with Progress(disable=not progress, transient=True) as bar:
@@ -102,16 +97,12 @@ def table_of(
         DataError: fewer than 1,000 tokens. BudgetError: the thresholds skip nobody.
     """
     state = state_of(model)
-    samples = take_tokens(encode(data, tokenizer, max_length), max_tokens)
-    tokens = count_tokens(samples)
-    check_tokens(tokens)
-    batches = to_batches(samples)
+    batches, tokens, mean_keys = _text(data, tokenizer, max_tokens, max_length)
     every = measure(model, batches, keep_all(state))
     lowest = {key: float(scores.min()) for key, scores in every.scores.items()}
     seen = measure(model, batches, thresholds)
     if not (seen.keep < every.keep and seen.compute < every.compute):
         raise BudgetError("thresholds skip nobody on data; train longer, or calibrate.")
-    lengths = [sample.ids.shape[0] for sample in samples]
     rows = [
         tuple(min(lowest.get(b, -math.inf), thresholds[b]) for b in state.branches),
         tuple(thresholds[b] for b in state.branches),
@@ -123,8 +114,19 @@ def table_of(
         compute=(every.compute, seen.compute),
         thresholds=tuple(rows),
         tokens=tokens,
-        mean_keys=sum(n * (n + 1) / 2 for n in lengths) / sum(lengths),
+        mean_keys=mean_keys,
     )
+
+
+def _text(
+    data: Any, tokenizer: Any, max_tokens: int | None, max_length: int
+) -> tuple[list[Batch], int, float]:
+    """(batches, tokens, mean number of visible keys). Raises DataError where it is too short."""
+    samples = take_tokens(encode(data, tokenizer, max_length), max_tokens)
+    tokens = count_tokens(samples)
+    check_tokens(tokens)
+    lengths = [sample.ids.shape[0] for sample in samples]
+    return to_batches(samples), tokens, sum(n * (n + 1) / 2 for n in lengths) / sum(lengths)
 
 
 def check_tokens(tokens: int) -> None:

@@ -27,13 +27,13 @@ from gateskip.cli.output import (
     console_for,
     write_json,
 )
+from gateskip.cli.settings import configurable
 from gateskip.config import one_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from gateskip.evaluation.quality import QualityRow
-from gateskip.cli.settings import configurable
 
 __all__ = ["evaluate"]
 

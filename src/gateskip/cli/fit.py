@@ -80,7 +80,7 @@ def fit(
     calibration_rows = rows if calibration_data is None else read_texts(calibration_data)
 
     import gateskip
-    from gateskip.skipping.card import gate_rows, write_card
+    from gateskip.execution.card import gate_rows, write_card
     from gateskip.skipping.state import state_of
 
     console = console_for(json)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gateskip.cli.output import JsonOption, check_json, console_for, write_json
+from gateskip.cli.settings import configurable
 from gateskip.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from gateskip.costs import ModelShape
-from gateskip.cli.settings import configurable
 
 __all__ = ["info"]
 

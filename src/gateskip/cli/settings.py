@@ -1,8 +1,8 @@
 """``--config FILE`` and ``--set KEY=VALUE``: a command's options from YAML or TOML.
 
 Keys are option names. A command may also have *sections*, the fields of the dataclasses behind it:
-``gate:``, ``training:`` and, of Hugging Face's TrainingArguments, ``trainer:``. What is nearer to
-the user wins: a preset, then the file, then options, then ``--set``.
+``gate:``, ``training:`` and, of Hugging Face's TrainingArguments, ``trainer:``. The later of these
+wins: preset, file, options, ``--set``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 import tomllib
 import types
 import typing
@@ -67,17 +68,31 @@ def configurable(*sections: str) -> Callable[[Callable[..., None]], Callable[...
             for name, (hint, default) in more.items()
         ]
 
+        mine = signature.parameters
+        own = next((n for n, p in mine.items() if p.annotation is typer.Context), None)
+        name = own or "typer_context"  # not an option's
+
         @functools.wraps(command)
         def run(**given: Any) -> None:
-            command(**{name: value for name, value in given.items() if name not in more})
+            context: typer.Context = given[name]
+            passed = {option: value for option, value in given.items() if option in mine}
+            command(**(passed | _set_options(context, sections)))
 
-        parameters = [*signature.parameters.values(), *added]
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        first = [] if own else [inspect.Parameter(name, keyword, annotation=typer.Context)]
+        parameters = [p.replace(kind=keyword) for p in (*first, *mine.values(), *added)]
         vars(run)["__signature__"] = signature.replace(parameters=parameters)
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
 
     return wrap
+
+
+def _set_options(context: typer.Context, sections: tuple[str, ...]) -> dict[str, Any]:
+    """Options by ``--set``, typed, also where the option itself was given."""
+    asked = {_name(k): v for k, v in context.meta.get(SET, {}).items() if k not in sections}
+    options = {p.name: p for p in context.command.params}
+    return {name: options[name].process_value(context, value) for name, value in asked.items()}
 
 
 def _set_help(sections: tuple[str, ...]) -> str:
@@ -231,9 +246,5 @@ def _assignments(pairs: list[str]) -> dict[str, Any]:
 
 def _number(value: Any) -> Any:
     """YAML takes 1e-3 for a text, since it has no point."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    plain = isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value)
+    return float(value) if plain else value

@@ -75,19 +75,28 @@ class Branch:
 
         More, zero rows if rounded.
         """
+        x_MH, u_MH = self._read_at(h_NH, index_M, rounded=rounded)
+        return self._scaled(x_MH, u_MH), u_MH
+
+    def read_at(self, h_NH: Tensor, index_M: Tensor | None, *, rounded: bool = False) -> Tensor:
+        """The gate's input alone, as in :meth:`inputs_at`."""
+        return self._read_at(h_NH, index_M, rounded=rounded)[1]
+
+    def _read_at(
+        self, h_NH: Tensor, index_M: Tensor | None, *, rounded: bool
+    ) -> tuple[Tensor, Tensor]:
         rows = h_NH.shape[0] if index_M is None else index_M.shape[0]
         if rounded:
             rows = rounded_rows(rows, h_NH.dtype, h_NH.device)
         same = self.read is self.norm
         if self.norm.module is not None and same:
             u_MH = normed_at(h_NH, self.norm, self.inverse, index_M, rows)
-            return self._scaled(u_MH, u_MH), u_MH
+            return u_MH, u_MH
         h_MH = h_NH if index_M is None else h_NH.index_select(0, index_M)
         more = rows - h_MH.shape[0]
         h_MH = nn.functional.pad(h_MH, (0, 0, 0, more)) if more else h_MH
         x_MH = h_MH if self.norm.module is None else self.norm(h_MH)
-        u_MH = self.read(h_MH)
-        return self._scaled(x_MH, u_MH), u_MH
+        return x_MH, self.read(h_MH)
 
     def out(self, o: Tensor) -> Tensor:
         """What a branch's output adds to the residual: post-norm, dropout and multiplier on it."""

@@ -11,9 +11,9 @@ from pathlib import Path
 from torch import nn
 
 from gateskip.errors import CheckpointError
+from gateskip.execution.card import card_of
 from gateskip.execution.checkpoint import save
 from gateskip.retrofit.hub import check_target, upload
-from gateskip.skipping.card import card_of
 
 __all__ = ["push_to_hub"]
 

@@ -173,7 +173,7 @@ def _attention_single(
             inputs.cache.update(k, v, layer)
         if branch.compensation is None:
             return base
-        return base + branch.compensation(branch.inputs(h)[1])
+        return base + branch.compensation(branch.read(h))
     if inputs.cache is None and branch.compensation is None:
         return base
     x, u = branch.inputs(h)
@@ -192,7 +192,8 @@ def _attention_compacted(
     flat, flat_base = h.flatten(0, 1), base.flatten(0, 1)
     chosen = select(keep, call)
     kept, skip = chosen.kept, chosen.skipped
-    if takes_kernels(attention, branch.family, call, flat):
+    # Before a branch the gate is asked once for a kept token, and once for a skipped one.
+    if not branch.before and takes_kernels(attention, branch.family, call, flat):
         return _attention_fused(branch, flat, inputs, chosen).view_as(h)
     if kept.shape[0] == keep.numel():
         x, u = (t.view_as(h) for t in branch.inputs_at(flat, None))
@@ -254,7 +255,7 @@ def _attention_fused(
     if branch.compensation is None:
         return out
     skip = chosen.skipped
-    return _compensate(branch, out, skip, branch.inputs_at(flat, skip, rounded=True)[1])
+    return _compensate(branch, out, skip, branch.read_at(flat, skip, rounded=True))
 
 
 def _takes_flat(attention: nn.Module, call: Call) -> bool:
@@ -371,7 +372,7 @@ def _mlp(branch: Branch, h: Tensor, base: Tensor, *, owned: bool) -> Tensor:
         call.computed[branch.key] = torch.zeros(1, dtype=torch.int64)
         if branch.compensation is None:
             return base
-        return base + branch.compensation(branch.inputs(h)[1])
+        return base + branch.compensation(branch.read(h))
     flat, flat_base = h.flatten(0, 1), base.flatten(0, 1)
     chosen = select(keep, call)
     kept = chosen.kept
@@ -384,7 +385,7 @@ def _mlp(branch: Branch, h: Tensor, base: Tensor, *, owned: bool) -> Tensor:
     skip = u_skip = None
     if branch.compensation is not None:
         skip = chosen.skipped
-        u_skip = branch.inputs_at(flat, skip, rounded=True)[1]
+        u_skip = branch.read_at(flat, skip, rounded=True)
     if kept.shape[0]:
         x, u = branch.inputs_at(flat, kept, rounded=True)
         n = kept.shape[0]

@@ -40,7 +40,7 @@ class LowRankGate(Gate):
     def mean_logit_weights(self) -> tuple[Tensor, Tensor]:
         return self.up.mean(0) @ self.down, self.bias.mean()
 
-    def factors(self) -> tuple[Tensor | None, Tensor, Tensor]:
+    def factors(self) -> tuple[Tensor | None, Tensor, Tensor] | None:
         return self.down, self.up, self.bias
 
     def channels_alike(self) -> bool:

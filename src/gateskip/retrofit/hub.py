@@ -5,6 +5,8 @@ Knows nothing of models.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +23,7 @@ FILES = (
     "gateskip_backbone.safetensors",
     "README.md",
 )
-CLIENTS = ("httpx", "httpx2", "requests")
+CLIENTS = ("httpx", "httpx2")
 T = TypeVar("T")
 
 
@@ -107,6 +109,7 @@ def _asking(call: Callable[[], T], what: str, revision: str | None, kind: type[G
     """The hub's many errors as one of ours, with what to do about it."""
     from huggingface_hub import errors
 
+    clients = _client_errors()
     at = "" if revision is None else f" at revision {revision!r}"
     try:
         return call()
@@ -136,14 +139,25 @@ def _asking(call: Callable[[], T], what: str, revision: str | None, kind: type[G
         ) from error
     except errors.HFValidationError as error:
         raise kind(f"{what} is no name of the hub: {_line(error)}") from error
-    except Exception as error:  # the HTTP client's own errors: which client depends on the version
-        client = error.__cause__ if isinstance(error, RuntimeError) else error  # a file's upload
-        if type(client).__module__.partition(".")[0] not in CLIENTS:
+    except clients as error:
+        raise kind(_unreachable(what, error)) from error
+    except RuntimeError as error:  # of a file's upload
+        if not isinstance(error.__cause__, clients):
             raise
-        raise kind(
-            f"{what}: the hub cannot be reached ({type(client).__name__}: {_line(error)}); check "
-            "the network."
-        ) from error
+        raise kind(_unreachable(what, error.__cause__)) from error
+
+
+def _unreachable(what: str, error: BaseException) -> str:
+    return (
+        f"{what}: the hub cannot be reached ({type(error).__name__}: {_line(error)}); check the "
+        "network."
+    )
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    """The errors of the HTTP clients that versions of huggingface_hub use."""
+    found = [name for name in CLIENTS if importlib.util.find_spec(name)]
+    return tuple(importlib.import_module(name).HTTPError for name in found)
 
 
 def _line(error: BaseException) -> str:

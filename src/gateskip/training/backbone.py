@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gateskip.errors import ConfigError, UnsupportedError
+from gateskip.execution.api import dense
 from gateskip.gates import Gate
 from gateskip.retrofit.attach import gated_branches, inner_model, layers_of
 from gateskip.retrofit.lora import (
@@ -26,7 +27,7 @@ from gateskip.skipping.compensation import Compensation, set_compensation
 from gateskip.skipping.state import state_of
 from gateskip.training.config import GateSkipTrainingConfig
 
-__all__ = ["adapted", "finish", "free_added", "parts", "prepare"]
+__all__ = ["adapted", "dense_copy", "finish", "free_added", "own_rates", "parts", "prepare"]
 
 
 def parts(model: nn.Module) -> dict[str, set[int]]:
@@ -157,6 +158,39 @@ def _fuse_lora(model: nn.Module) -> None:
     from gateskip.training.lora_linear import speed_up  # PEFT is an extra
 
     speed_up(model)
+
+
+def own_rates(optimizer: Any, model: nn.Module, config: GateSkipTrainingConfig) -> None:
+    """Move what was added, where it has a learning rate of its own, to groups of its own."""
+    rates = {
+        "gates": config.gate_learning_rate,
+        "compensation": config.compensation_learning_rate,
+        "thresholds": config.threshold_learning_rate,
+    }
+    ids = parts(model)
+    for group in list(optimizer.param_groups):
+        for name, rate in rates.items():
+            mine = [p for p in group["params"] if id(p) in ids[name]]
+            if rate is None or not mine:
+                continue
+            group["params"] = [p for p in group["params"] if id(p) not in ids[name]]
+            options = {k: v for k, v in group.items() if k not in ("params", "lr")}
+            optimizer.add_param_group(options | {"params": mine, "lr": rate})
+    optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
+
+
+def dense_copy(model: Any) -> nn.Module:
+    """The dense model before training, a teacher for a backbone that is trained in full."""
+    from transformers import AutoModelForCausalLM
+
+    with dense(model):
+        weights = {n: p for n, p in model.state_dict().items() if ".skip_" not in n}
+        first = next(model.parameters())
+        copy: nn.Module = AutoModelForCausalLM.from_config(model.config, dtype=first.dtype)
+        missing = copy.load_state_dict(weights, strict=False).missing_keys
+    if set(missing) - set(getattr(copy, "_tied_weights_keys", None) or ()):
+        raise UnsupportedError(f"the teacher's copy lacks {missing[0]!r}; set distill=0.")
+    return copy.to(first.device).eval().requires_grad_(False)
 
 
 @contextlib.contextmanager

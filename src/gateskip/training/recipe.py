@@ -21,9 +21,9 @@ from gateskip.calibration.thresholds import calibrate
 from gateskip.config import GateConfig
 from gateskip.data import encode
 from gateskip.errors import CheckpointError, ConfigError
+from gateskip.execution.card import gate_rows, write_card
 from gateskip.execution.checkpoint import restore, save
 from gateskip.fitting.closed_form import fit
-from gateskip.skipping.card import gate_rows, write_card
 from gateskip.skipping.state import state_of
 from gateskip.training.checkpoints import CHECKPOINTS, START, clear, last_checkpoint
 from gateskip.training.config import GateSkipTrainingConfig

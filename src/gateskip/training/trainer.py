@@ -6,43 +6,39 @@ Shapes: B rows, T tokens, N labelled positions, H hidden.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
-from transformers import Trainer, TrainerCallback, TrainerState, set_seed
+from torch import Tensor
+from transformers import Trainer, TrainerState, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from gateskip.calibration.thresholds import check_tokens
-from gateskip.config import LINEAR_IMPORTANCES, Budget
+from gateskip.config import Budget
 from gateskip.costs import saved_macs
-from gateskip.data import count_tokens, encode
 from gateskip.errors import ConfigError, TrainingError, UnsupportedError
 from gateskip.execution.api import dense
 from gateskip.execution.checkpoint import restore, save
 from gateskip.retrofit.attach import head_of, inner_model, is_gated, is_sharded
 from gateskip.retrofit.lora import without_lora
-from gateskip.skipping.state import GateSkipState, override, state_of
+from gateskip.skipping.state import override, state_of
 from gateskip.training import backbone
+from gateskip.training.after_step import AfterStep
 from gateskip.training.checkpoints import (
     check_options,
     last_checkpoint,
     run_options,
     write_options,
 )
+from gateskip.training.checks import check_combination, check_thresholds
 from gateskip.training.config import GateSkipTrainingConfig
 from gateskip.training.dataset import Collator, SeededLengths, TokenDataset
 from gateskip.training.head_loss import LogitHead, head_loss
 from gateskip.training.objective import GateObjective, SkipMeter, labelled
 from gateskip.training.penalty import BY_MEAN, GateMeans
-from gateskip.training.recalibration import recalibrate
 from gateskip.training.schedule import budget_at, penalty_at
 from gateskip.training.sharding import average_added
 from gateskip.training.thresholds import OwnThresholds, keep_learned
@@ -50,9 +46,6 @@ from gateskip.training.thresholds import OwnThresholds, keep_learned
 __all__ = ["GateSkipMixin", "GateSkipTrainer"]
 
 ARGUMENTS_FILE = "training_args.bin"
-#: Short: training needs thresholds near the truth, the final calibration finds them exactly.
-CALIBRATION_GRID = (0.92, 0.84, 0.75, 0.65, 0.55, 0.45, 0.35)
-CALIBRATION_TOKENS = 4_000
 
 
 class GateSkipMixin:
@@ -78,7 +71,7 @@ class GateSkipMixin:
         gated = state_of(model)
         config = gateskip_args or GateSkipTrainingConfig()
         arguments: Any = kwargs.get("args") or (args[0] if args else None)
-        _check(config, gated, arguments)
+        check_combination(config, gated, arguments)
         if getattr(arguments, "ddp_find_unused_parameters", True) is None:
             # Every parameter gets a gradient, see compute_loss; looking for others costs a step.
             arguments.ddp_find_unused_parameters = False
@@ -87,7 +80,7 @@ class GateSkipMixin:
         self.gateskip_args = config
         self.calibration_data = calibration_data
         self._skips = config.arm == "gateskip"
-        _check_thresholds(config, gated, calibration_data)
+        check_thresholds(config, gated, calibration_data)
         # A trainer that is given PEFT's config adds its layers itself, and freezes all the rest.
         theirs = kwargs.get("peft_config") is not None
         if theirs and config.backbone != "lora":
@@ -123,8 +116,8 @@ class GateSkipMixin:
                 "smoothing, no compute_loss_func, no other trainer's; set distill=0."
             )
         copied = self._teaches and config.backbone == "full" and config.teacher == "before"
-        self._teacher = self._copy() if copied else None
-        self.add_callback(_AfterStep(self))  # type: ignore[attr-defined]
+        self._teacher = backbone.dense_copy(self._gated) if copied else None
+        self.add_callback(AfterStep(self))  # type: ignore[attr-defined]
 
     @property
     def _gated(self) -> Any:
@@ -134,20 +127,6 @@ class GateSkipMixin:
     @property
     def _teaches(self) -> bool:
         return self.gateskip_args.distill > 0.0
-
-    def _copy(self) -> nn.Module:
-        """The dense model before training: a backbone trained in full needs a second copy."""
-        from transformers import AutoModelForCausalLM
-
-        with dense(self._gated):
-            weights = {n: p for n, p in self._gated.state_dict().items() if ".skip_" not in n}
-            copy: nn.Module = AutoModelForCausalLM.from_config(
-                self._gated.config, dtype=next(self._gated.parameters()).dtype
-            )
-            missing = copy.load_state_dict(weights, strict=False).missing_keys
-        if set(missing) - set(getattr(copy, "_tied_weights_keys", None) or ()):
-            raise UnsupportedError(f"the teacher's copy lacks {missing[0]!r}; set distill=0.")
-        return copy.to(next(self._gated.parameters()).device).eval().requires_grad_(False)
 
     # -- one step ---------------------------------------------------------------------------
 
@@ -175,10 +154,8 @@ class GateSkipMixin:
         """The lowest budget of the schedule: figures of different steps are of one budget."""
         if not self._skips or state_of(self._gated).policy is None:
             return Budget(compute=1.0)
-        return self._within(self._lowest())
-
-    def _lowest(self) -> Budget:
-        return Budget(**{self.gateskip_args.budget_unit: self.gateskip_args.budget_end})
+        config = self.gateskip_args
+        return self._within(Budget(**{config.budget_unit: config.budget_end}))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """As the Trainer's; grouping by length is seeded per epoch, so that resuming repeats it."""
@@ -375,22 +352,7 @@ class GateSkipMixin:
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, with groups of their own for gates and compensation."""
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        config = self.gateskip_args
-        rates = {
-            "gates": config.gate_learning_rate,
-            "compensation": config.compensation_learning_rate,
-            "thresholds": config.threshold_learning_rate,
-        }
-        ids = backbone.parts(self._gated)
-        for group in list(optimizer.param_groups):
-            for name, rate in rates.items():
-                mine = [p for p in group["params"] if id(p) in ids[name]]
-                if rate is None or not mine:
-                    continue
-                group["params"] = [p for p in group["params"] if id(p) not in ids[name]]
-                options = {k: v for k, v in group.items() if k not in ("params", "lr")}
-                optimizer.add_param_group(options | {"params": mine, "lr": rate})
-        optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
+        backbone.own_rates(optimizer, self._gated, self.gateskip_args)
         return optimizer
 
     # -- checkpoints ------------------------------------------------------------------------
@@ -435,99 +397,6 @@ class GateSkipMixin:
 
     def _load_best_model(self) -> None:
         restore(self._gated, self.state.best_model_checkpoint)
-
-
-def _check(config: GateSkipTrainingConfig, gated: GateSkipState, arguments: Any) -> None:
-    """Combinations that would train something else than was asked for."""
-    if config.decision_gradient and gated.config.importance not in LINEAR_IMPORTANCES:
-        raise ConfigError(
-            f"decision_gradient={config.decision_gradient} moves linear scores, but the model "
-            f"decides by importance={gated.config.importance!r}; set it to 0."
-        )
-    if config.arm == "gateskip" and _zero_stage(arguments) == 3:
-        raise UnsupportedError(
-            "DeepSpeed's zero_optimization stage 3 splits every weight over processes, and one "
-            "that skips a branch would not take part in gathering it; use zero_optimization stage "
-            "2, or FSDP2."
-        )
-    how = getattr(arguments, "gradient_checkpointing_kwargs", None) or {}
-    reentrant = getattr(arguments, "gradient_checkpointing", False) and how.get("use_reentrant")
-    if reentrant and config.thresholds == "learned":
-        raise UnsupportedError(
-            "thresholds='learned' get no gradient from reentrant checkpointing; pass "
-            "gradient_checkpointing_kwargs={'use_reentrant': False}."
-        )
-    if reentrant and gated.config.kv_source == "previous":
-        raise UnsupportedError(
-            "kv_source='previous' hands keys from layer to layer, whose gradients reentrant "
-            "checkpointing drops; pass gradient_checkpointing_kwargs={'use_reentrant': False}."
-        )
-
-
-def _zero_stage(arguments: Any) -> int:
-    """The stage of DeepSpeed's ZeRO, 0 without it."""
-    given = getattr(arguments, "deepspeed", None)
-    if isinstance(given, str | Path):
-        given = json.loads(Path(given).read_text(encoding="utf-8"))
-    if not isinstance(given, dict):
-        plugin = getattr(arguments, "deepspeed_plugin", None)
-        return int(getattr(plugin, "zero_stage", 0) or 0)
-    return int(given.get("zero_optimization", {}).get("stage", 0))
-
-
-def _check_thresholds(
-    config: GateSkipTrainingConfig, gated: GateSkipState, calibration_data: Any
-) -> None:
-    """Thresholds have to be there, or text to find them on, and budgets within their reach."""
-    every, learned = config.calibrate_every, config.thresholds == "learned"
-    if (every or learned) and calibration_data is None:
-        what = "thresholds='learned'" if learned else f"calibrate_every={every}"
-        raise ConfigError(f"{what} needs calibration_data= (texts or id tensors).")
-    if every or learned:
-        check_tokens(count_tokens(encode(calibration_data)))
-    if config.arm != "gateskip" or config.thresholds in ("batch", "running"):
-        return
-    if gated.policy is not None:
-        for end in (config.budget_end, config.budget_attention, config.budget_mlp):
-            gated.resolve(None if end is None else Budget(**{config.budget_unit: end}))
-    elif learned:
-        raise ConfigError(
-            "thresholds='learned' begin at calibrated ones; call gateskip.calibrate(model, data) "
-            "first."
-        )
-    else:
-        warnings.warn(
-            "the model has no thresholds, so it trains at budget 1.0 and skips nothing; call "
-            "gateskip.calibrate(model, data) first.",
-            stacklevel=4,
-        )
-
-
-class _AfterStep(TrainerCallback):  # type: ignore[misc]
-    """Stops at gradients that are no number, and finds thresholds again while training."""
-
-    def __init__(self, trainer: GateSkipMixin) -> None:
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trained = [p for p in self.trainer._gated.parameters() if p.requires_grad]
-        for parameter in trained:  # the same step, whether or not a batch had a part for it
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        norm = get_total_norm([p.grad for p in trained if p.grad is not None])
-        if not math.isfinite(float(norm)):
-            raise TrainingError(self.trainer._not_finite("the gradient's norm", float(norm)))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        config = self.trainer.gateskip_args
-        self.trainer._after_step()
-        gated, every = state_of(self.trainer._gated), config.calibrate_every
-        gated.fitted = gated.fitted or config.train_gates
-        if every and state.global_step % every == 0 and state.global_step < state.max_steps:
-            recalibrate(
-                self.trainer._gated, self.trainer.calibration_data, grid=CALIBRATION_GRID,
-                max_tokens=CALIBRATION_TOKENS,
-            )  # fmt: skip
 
 
 class GateSkipTrainer(GateSkipMixin, Trainer):  # type: ignore[misc]
