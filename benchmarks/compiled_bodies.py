@@ -25,11 +25,10 @@ from transformers import AutoTokenizer
 import gateskip
 from gateskip import kernels
 from gateskip.cli.output import check_json, command_line, write_json
-from gateskip.data import read_texts
-from gateskip.evaluation.bench import keep_freed_memory
-from gateskip.evaluation.bench_gates import text_ids
+from gateskip.data import read_texts, text_windows
 from gateskip.evaluation.header import run_header
 from gateskip.execution.api import dense
+from gateskip.execution.timing import keep_freed_memory
 from gateskip.retrofit.attach import gated_branches
 from gateskip.skipping.state import state_of
 
@@ -93,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
     name = str(options.model or model.config._name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(name)
     shape = (1, options.prompt_tokens + options.new_tokens)
-    windows = text_ids(read_texts(options.data), tokenizer, shape, options.repeats)
+    windows = text_windows(read_texts(options.data), tokenizer, shape, options.repeats)
     bodies = Bodies(model, options.bodies)
     arms: list[tuple[str, float | None, bool]] = [("dense", None, False), ("dense", None, True)]
     for keep in options.keep:

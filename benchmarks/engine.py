@@ -23,10 +23,10 @@ from transformers import AutoTokenizer
 import gateskip
 from gateskip.cli.output import check_json, command_line, write_json
 from gateskip.config import Budget
-from gateskip.data import read_texts
+from gateskip.data import read_texts, text_windows
 from gateskip.errors import GateSkipError
-from gateskip.evaluation.bench import keep_freed_memory, print_bench, run_bench
-from gateskip.evaluation.bench_gates import text_ids
+from gateskip.evaluation.bench import print_bench, run_bench
+from gateskip.execution.timing import keep_freed_memory
 
 BATCH, PROMPT = (1, 4, 16), (64, 512, 2048)
 KEEP = (0.85, 0.75, 0.5, 0.3)
@@ -76,7 +76,7 @@ def cells(options: argparse.Namespace) -> list[tuple[int, int, str]]:
 
 def windows(texts: list[Any], tokenizer: Any, batch: int, length: int) -> torch.Tensor:
     """``[V, B, T]`` of text; where there is too little of it, rows begin at other places of it."""
-    flat = text_ids(texts, tokenizer, (1, length), 10_000).flatten()
+    flat = text_windows(texts, tokenizer, (1, length), 10_000).flatten()
     count = 5 if batch * length <= 4096 else 2
     starts = torch.arange(count * batch) * (max(flat.shape[0] - length, 1) // (count * batch))
     rows = [flat[start : start + length] for start in starts.tolist()]

@@ -23,8 +23,8 @@ from rich.table import Table
 import gateskip
 from gateskip import kernels
 from gateskip.cli.output import check_json, command_line, write_json
-from gateskip.evaluation.bench import keep_freed_memory
 from gateskip.execution.api import dense
+from gateskip.execution.timing import keep_freed_memory
 from gateskip.fitting.passes import eval_mode
 from gateskip.retrofit.attach import gated_branches
 from gateskip.skipping.join import join

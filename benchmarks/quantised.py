@@ -24,11 +24,11 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 import gateskip
 from gateskip.cli.output import check_json, command_line, write_json
 from gateskip.config import Budget
-from gateskip.data import read_texts
+from gateskip.data import read_texts, text_windows
 from gateskip.errors import GateSkipError
-from gateskip.evaluation.bench import keep_freed_memory, run_bench
-from gateskip.evaluation.bench_gates import text_ids
+from gateskip.evaluation.bench import run_bench
 from gateskip.evaluation.quality import evaluate
+from gateskip.execution.timing import keep_freed_memory
 
 KINDS = ("bfloat16", "int8", "nf4")
 
@@ -74,7 +74,7 @@ def rows_of(kind: str, options: argparse.Namespace) -> tuple[list[dict[str, Any]
     texts = read_texts(options.data)
     budgets = [Budget(compute=value) for value in options.compute]
     quality = evaluate(model, texts, tokenizer, budgets=budgets, max_tokens=options.max_tokens)
-    ids = text_ids(texts, tokenizer, (4, options.prompt_tokens + options.new_tokens), 5)
+    ids = text_windows(texts, tokenizer, (4, options.prompt_tokens + options.new_tokens), 5)
     found = run_bench(
         model, ids, budgets=budgets, new_tokens=options.new_tokens, repeats=options.repeats,
         compiled=False, masked=False, name=Path(name).name,

@@ -114,7 +114,10 @@ def medians(model: nn.Module, quantile: float = 0.5) -> dict[BranchKey, float]:
     ids = random_ids(4, 32, seed=5)
     ones = torch.ones_like(ids)
     seen = measure(model, [Batch(ids, ones, ones.bool())], keep_all(state_of(model)))
-    return {k: float(torch.tensor(s).quantile(quantile)) for k, s in seen.scores.items()}
+    return {
+        k: float(torch.tensor(s.weighted().values).quantile(quantile))
+        for k, s in seen.scores.items()
+    }
 
 
 def with_table(model: nn.Module) -> nn.Module:

@@ -19,9 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 import gateskip
-from gateskip.data import read_texts
+from gateskip.data import read_texts, text_windows
 from gateskip.evaluation.bench import run_bench
-from gateskip.evaluation.bench_gates import text_ids
 from gateskip.evaluation.quality import QualityRow, evaluate
 from gateskip.explain.plot import plot_usage
 from gateskip.explain.terminal import print_usage
@@ -63,7 +62,7 @@ def main() -> None:
     console.rule("2. Quality against speed, on text that was not used to fit")
     budgets = [gateskip.Budget(compute=max(c, table.floor("compute"))) for c in BUDGETS]
     rows = evaluate(model, heldout, tokenizer, budgets=budgets, max_tokens=TOKENS, progress=True)
-    ids = text_ids(heldout, tokenizer, (4, 512 + 24), 5)
+    ids = text_windows(heldout, tokenizer, (4, 512 + 24), 5)
     speed = run_bench(
         model, ids, budgets=budgets, new_tokens=24, repeats=5, compiled=False, masked=False,
         name=Path(name).name, command="make demo", progress=True,

@@ -9,6 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gateskip.calibration.check import check_calibration
+    from gateskip.calibration.latency import measure_latency
+    from gateskip.calibration.risk import RiskReport, control_risk
     from gateskip.calibration.thresholds import calibrate
     from gateskip.config import Budget, GateConfig
     from gateskip.errors import (
@@ -22,9 +25,18 @@ if TYPE_CHECKING:
         TrainingError,
         UnsupportedError,
     )
-    from gateskip.execution.api import attach, budget, detach, execution, set_budget, trace
+    from gateskip.execution.api import (
+        attach,
+        budget,
+        detach,
+        execution,
+        hold_budget,
+        set_budget,
+        trace,
+    )
     from gateskip.execution.checkpoint import load, save
     from gateskip.execution.compiled import compile_masked
+    from gateskip.execution.export import export_static
     from gateskip.execution.hub import push_to_hub
     from gateskip.fitting.closed_form import FitReport, fit
     from gateskip.training import GateSkipTrainer, GateSkipTrainingConfig
@@ -44,16 +56,22 @@ __all__ = [
     "GateSkipTrainer",
     "GateSkipTrainingConfig",
     "OutputError",
+    "RiskReport",
     "TrainingError",
     "UnsupportedError",
     "attach",
     "budget",
     "calibrate",
+    "check_calibration",
     "compile_masked",
+    "control_risk",
     "detach",
     "execution",
+    "export_static",
     "fit",
+    "hold_budget",
     "load",
+    "measure_latency",
     "push_to_hub",
     "save",
     "set_budget",
@@ -61,14 +79,18 @@ __all__ = [
 ]
 
 _HOMES = {
+    "gateskip.calibration.check": ("check_calibration",),
+    "gateskip.calibration.latency": ("measure_latency",),
+    "gateskip.calibration.risk": ("RiskReport", "control_risk"),
     "gateskip.calibration.thresholds": ("calibrate",),
     "gateskip.config": ("Budget", "GateConfig"),
     "gateskip.errors": tuple(n for n in __all__ if n.endswith("Error")),
     "gateskip.execution.api": (
-        "attach", "budget", "detach", "execution", "set_budget", "trace",
+        "attach", "budget", "detach", "execution", "hold_budget", "set_budget", "trace",
     ),
     "gateskip.execution.checkpoint": ("load", "save"),
     "gateskip.execution.compiled": ("compile_masked",),
+    "gateskip.execution.export": ("export_static",),
     "gateskip.execution.hub": ("push_to_hub",),
     "gateskip.fitting.closed_form": ("FitReport", "fit"),
     "gateskip.training": ("GateSkipTrainer", "GateSkipTrainingConfig"),

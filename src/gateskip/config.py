@@ -18,7 +18,7 @@ SCHEMA_VERSION: Final = 1
 """Version of everything written to JSON; a reader refuses a newer one."""
 
 BRANCH_KINDS: Final = ("attention", "mlp")
-ALLOCATIONS: Final = ("global", "uniform")
+ALLOCATIONS: Final = ("global", "uniform", "searched")
 KV_SOURCES: Final = ("project", "previous")
 GATE_INPUTS: Final = ("normalised", "raw")
 PLACEMENTS: Final = ("after", "before")
@@ -153,62 +153,105 @@ class GateConfig:
         return cls(**(data | {"branches": tuple(data.get("branches", BRANCH_KINDS))}))
 
 
+BUDGET_UNITS = ("keep", "compute", "latency")
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Budget:
-    """How much may be spent: exactly one of ``keep`` and ``compute``.
+    """How much may be spent: exactly one of ``keep``, ``compute`` and ``latency``; 1.0 skips
+    nothing.
 
     Attributes:
         keep: share of token×branch pairs computed, in (0, 1].
         compute: share of the dense decoder's MACs spent, net of gates, in (0, 1].
+        latency: share of the dense model's time on this machine, in (0, 1], by what
+            ``gateskip.measure_latency`` found.
+        workload: (prompt tokens, new tokens) of the requests that ``compute`` or ``latency`` is
+            about: ``(512, 0)`` is prefill alone, ``(0, 128)`` decoding alone. None: the calibration
+            text's lengths, and for latency the lengths that were measured.
     """
 
     keep: float | None = None
     compute: float | None = None
+    latency: float | None = None
+    workload: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if (self.keep is None) == (self.compute is None):
-            raise BudgetError(
-                f"keep={self.keep!r}, compute={self.compute!r}: give exactly one of the two."
-            )
-        name = "keep" if self.compute is None else "compute"
+        given = [name for name in BUDGET_UNITS if getattr(self, name) is not None]
+        if len(given) != 1:
+            told = ", ".join(f"{name}={getattr(self, name)!r}" for name in given or BUDGET_UNITS)
+            raise BudgetError(f"{told}: give exactly one of {', '.join(BUDGET_UNITS)}.")
+        (name,) = given
         value = getattr(self, name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0.0 < value <= 1.0:
             raise BudgetError(f"{name}={value!r} must be a number in (0, 1]; 1.0 skips nothing.")
         object.__setattr__(self, name, float(value))
+        if self.workload is not None:
+            object.__setattr__(self, "workload", _workload(self.workload, name))
+
+    @property
+    def unit(self) -> str:
+        """Which of the three was given."""
+        return next(name for name in BUDGET_UNITS if getattr(self, name) is not None)
+
+    @property
+    def value(self) -> float:
+        """The number that was given."""
+        found: float = getattr(self, self.unit)
+        return found
 
     @property
     def full(self) -> bool:
         """True when nothing may be skipped."""
-        return 1.0 in (self.keep, self.compute)
+        return self.value == 1.0
 
-    def to_json(self) -> dict[str, float]:
-        """``{"keep": k}`` or ``{"compute": c}``."""
-        return {"keep": self.keep} if self.keep is not None else {"compute": self.compute or 1.0}
+    def to_json(self) -> dict[str, Any]:
+        """``{"keep": k}``, ``{"compute": c, "workload": [512, 128]}`` and the like."""
+        workload = {} if self.workload is None else {"workload": list(self.workload)}
+        return {self.unit: self.value} | workload
+
+    @classmethod
+    def by(cls, unit: str, value: float) -> Budget:
+        """A budget in a unit given by name."""
+        given: dict[str, Any] = {unit: value}
+        return cls(**given)
 
     @classmethod
     def of(cls, value: Any) -> Budget | RowBudgets | None:
-        """Accept a budget, ``{"keep": k}``, ``{"compute": c}`` or None.
+        """Accept a budget, ``{"keep": k}``, ``{"compute": c}``, ``{"latency": t}`` or None.
 
         A list, a tuple or a 1-D tensor in the place of the number is one budget for each row.
         """
         if value is None or isinstance(value, Budget | RowBudgets):
             return value
-        if not isinstance(value, dict) or set(value) - {"keep", "compute"}:
+        if not isinstance(value, dict) or set(value) - {*BUDGET_UNITS, "workload"}:
             raise BudgetError(f"budget={value!r} must look like {{'keep': 0.75}} or a Budget.")
         given = {name: numbers for name, numbers in value.items() if numbers is not None}
+        workload = {"workload": given.pop("workload")} if "workload" in given else {}
         if len(given) == 1:
             ((name, numbers),) = given.items()
             if hasattr(numbers, "tolist"):  # a tensor or an array
                 numbers = numbers.tolist()
             if isinstance(numbers, list | tuple):
-                return RowBudgets(tuple(cls(**{name: number}) for number in numbers))
-            return cls(**{name: numbers})
+                return RowBudgets(tuple(cls(**{name: number}, **workload) for number in numbers))
+            return cls(**{name: numbers}, **workload)
         return cls(**value)
 
     def __str__(self) -> str:
-        name = "keep" if self.keep is not None else "compute"
-        return f"{name}={getattr(self, name):g}"
+        workload = "" if self.workload is None else " of {} + {} tokens".format(*self.workload)
+        return f"{self.unit}={self.value:g}{workload}"
+
+
+def _workload(given: Any, unit: str) -> tuple[int, int]:
+    if unit == "keep":
+        raise BudgetError(f"workload={given!r} says nothing of keep=; leave it out.")
+    whole = isinstance(given, list | tuple) and all(type(n) is int and n >= 0 for n in given)
+    if not whole or len(given) != 2 or not any(given):
+        raise BudgetError(
+            f"workload={given!r} must be two numbers of tokens, (prompt, new), such as (512, 128)."
+        )
+    return given[0], given[1]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,11 +8,19 @@ decisions or runs; the ledger multiplies these figures with what really happened
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from gateskip.config import BranchKey, GateConfig
 from gateskip.errors import ConfigError
 
-__all__ = ["BranchCost", "ModelShape", "branch_cost", "break_even_skip_rate", "gate_parameters"]
+__all__ = [
+    "BranchCost",
+    "ModelShape",
+    "branch_cost",
+    "break_even_skip_rate",
+    "gate_parameters",
+    "net_share",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,6 +195,23 @@ def branch_cost(
 def saved_macs(cost: BranchCost, keys: float) -> float:
     """Net MACs that one skip saves; the decision is paid either way."""
     return cost.computed + cost.per_key * keys + cost.kept_gate - cost.skipped
+
+
+def net_share(
+    costs: Mapping[BranchKey, BranchCost], shares: Mapping[BranchKey, float], keys: float
+) -> float:
+    """Share of dense decoder MACs spent, net, when gated branches keep ``shares`` of the tokens.
+
+    Args:
+        shares: of gated branches only; the others compute everything. keys: visible keys a token.
+    """
+    dense = spent = 0.0
+    for key, cost in costs.items():
+        whole = cost.computed + cost.per_key * keys
+        keep = shares.get(key, 1.0)
+        dense += whole
+        spent += cost.decision + keep * (whole + cost.kept_gate) + (1.0 - keep) * cost.skipped
+    return spent / dense
 
 
 def break_even_skip_rate(shape: ModelShape, config: GateConfig, keys: float) -> float:

@@ -26,6 +26,7 @@ __all__ = [
     "read_texts",
     "split_samples",
     "take_tokens",
+    "text_windows",
     "to_batches",
 ]
 
@@ -204,6 +205,23 @@ def take_tokens(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
 def count_tokens(samples: Sequence[Sample]) -> int:
     """Tokens of all samples."""
     return sum(sample.ids.shape[0] for sample in samples)
+
+
+def text_windows(data: Any, tokenizer: Any, shape: tuple[int, int], most: int = 1) -> Tensor:
+    """Texts one after another as ids, int64 ``[V, B, T]``: up to ``most`` windows.
+
+    Raises:
+        DataError: fewer than B·T tokens.
+    """
+    wanted = shape[0] * shape[1]
+    flat = torch.cat([sample.ids for sample in encode(data, tokenizer, max_length=wanted * most)])
+    if flat.shape[0] < wanted:
+        raise DataError(
+            f"texts have {flat.shape[0]} tokens; {shape[0]} rows of {shape[1]} tokens need "
+            f"{wanted}. Give more text, or a smaller batch, prompt or number of new tokens."
+        )
+    count = min(flat.shape[0] // wanted, most)
+    return flat[: count * wanted].view(count, *shape)
 
 
 def split_samples(samples: Sequence[Sample], every: int) -> tuple[list[Sample], list[Sample]]:

@@ -37,11 +37,15 @@ def test_a_dry_run_says_what_it_would_take(folder: Path, tmp_path: Path, gates: 
 
 
 def test_early_stopping_keeps_the_best(folder: Path, tmp_path: Path) -> None:
-    """A rate that only makes it worse: stopped long before the last step, at the first figures."""
+    """Learning a few words unlearns all others: stopped long before the last step."""
+    narrow = tmp_path / "narrow.jsonl"
+    narrow.write_text("".join(json.dumps({"text": "w1 w2 w3 " * 16}) + "\n" for _ in range(24)))
+    start = ("train", folder / "base", "--data", narrow, "--out", tmp_path / "out")
+    start += ("--batch-size", 4)
     found = as_json(
-        *begun(folder, tmp_path / "out"), "--gates", folder / "gates", "--steps", 40,
+        *start, "--gates", folder / "gates", "--steps", 40,
         "--eval-data", folder / "data.jsonl", "--eval-every", 2, "--save-every", 2,
-        "--early-stopping", 2, "--learning-rate", 3.0, "--set", "trainer.warmup_steps=0",
+        "--early-stopping", 2, "--learning-rate", 0.3, "--set", "trainer.warmup_steps=0",
     )  # fmt: skip
     losses = [entry["eval_loss"] for entry in found["history"] if "eval_loss" in entry]
     assert found["steps"] < 40
@@ -58,9 +62,9 @@ def test_early_stopping_keeps_the_best(folder: Path, tmp_path: Path) -> None:
 
     kept = trained()
     again = as_json(
-        *begun(folder, tmp_path / "out"), "--steps", 40, "--resume", "--eval-data",
+        *start, "--steps", 40, "--resume", "--eval-data",
         folder / "data.jsonl", "--eval-every", 2, "--save-every", 2, "--early-stopping", 2,
-        "--learning-rate", 3.0, "--set", "trainer.warmup_steps=0",
+        "--learning-rate", 0.3, "--set", "trainer.warmup_steps=0",
     )  # fmt: skip
     assert again["steps"] == found["steps"], "it ended, and is not trained on"
     assert trained() == kept

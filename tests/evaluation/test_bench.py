@@ -12,10 +12,11 @@ from rich.console import Console
 
 import gateskip
 from gateskip.config import Budget
+from gateskip.data import text_windows
 from gateskip.errors import BudgetError, ConfigError, DataError
 from gateskip.evaluation import bench
 from gateskip.evaluation.bench import print_bench, run_bench
-from gateskip.evaluation.bench_gates import bench_gates, text_ids
+from gateskip.evaluation.bench_gates import bench_gates
 from gateskip.skipping.state import state_of
 from models import gated, random_ids, tiny, with_table
 
@@ -152,7 +153,7 @@ def test_from_files(tmp_path: Path) -> None:
 
 def test_text_ids() -> None:
     texts = [random_ids(1, 5), random_ids(1, 6, seed=1)]
-    found = text_ids(texts, None, (2, 5))
+    found = text_windows(texts, None, (2, 5))
     assert torch.equal(found.flatten(), torch.cat([t[0] for t in texts])[:10])
     with pytest.raises(DataError, match="11 tokens"):
-        text_ids(texts, None, (3, 5))
+        text_windows(texts, None, (3, 5))

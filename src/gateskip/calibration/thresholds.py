@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from rich.progress import Progress
 from torch import nn
 
+from gateskip.calibration.search import SEARCHES, passes_of
+from gateskip.calibration.search import search as searched
 from gateskip.config import ALLOCATIONS, BranchKey, one_of
-from gateskip.data import Batch, count_tokens, encode, take_tokens, to_batches
-from gateskip.errors import BudgetError, DataError
-from gateskip.fitting.closed_loop import Allocation, closed_loop, keep_all, measure
-from gateskip.skipping.policy import ThresholdTable
+from gateskip.costs import net_share
+from gateskip.data import Batch, Sample, count_tokens, encode, take_tokens, to_batches
+from gateskip.errors import BudgetError, ConfigError, DataError
+from gateskip.fitting.closed_loop import Allocation, Measured, closed_loop, keep_all, measure
+from gateskip.skipping.policy import OFF, ThresholdTable
 from gateskip.skipping.state import GateSkipState, state_of
 
 __all__ = ["calibrate"]
 
-GRID = (0.98, 0.95, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.32, 0.25)
+GRID = (0.95, 0.9, 0.84, 0.77, 0.7, 0.6, 0.5, 0.4, 0.32, 0.25)
 MINIMUM_TOKENS = 1_000
+SEARCH_TOKENS = 4_096
+#: Skipped tokens of a branch that tell two neighbouring grid points apart.
+TOKENS_PER_STEP = 10
+#: Rows of the table from one measured grid point to the next.
+ROWS_PER_STEP = 4
 
 
 def calibrate(
@@ -29,6 +41,7 @@ def calibrate(
     *,
     allocation: str = "global",
     weigh_cost: bool = True,
+    search: str = "lagrangian",
     max_tokens: int | None = 12_000,
     max_length: int = 512,
     grid: tuple[float, ...] = GRID,
@@ -36,9 +49,17 @@ def calibrate(
 ) -> ThresholdTable:
     """Find thresholds for every budget at once, with skipping on, and store them in the model.
 
+    One pass over the text for every grid point, each with the thresholds that the scores of the
+    one before suggest; the table says what was realised. Between two grid points lie rows from the
+    scores of both. Memory does not grow with the text: quantiles are exact up to 16,384 tokens,
+    from there on within ``rank_error`` of the table.
+
     Args:
         model: a gated model. data: texts, rows or id tensors (see ``gateskip.data``).
-        allocation: ``"global"`` or ``"uniform"``. weigh_cost: weigh scores against saved MACs.
+        allocation: ``"global"``: one threshold for all branches on scores weighed against cost;
+            ``"uniform"``: every branch keeps the same share; ``"searched"``: thresholds of branches
+            differ by what a search on the first 4,000 tokens finds (minutes).
+        weigh_cost: weigh scores against saved MACs. search: ``"lagrangian"`` or ``"greedy"``.
         max_tokens: tokens used; None uses all. max_length: tokens per text.
         grid: shares of token×branch pairs to calibrate at, descending.
 
@@ -46,11 +67,15 @@ def calibrate(
         The table, also kept in the model and saved with it.
 
     Raises:
-        DataError: fewer than 1,000 tokens. ConfigError: an unknown allocation.
+        DataError: fewer than 1,000 tokens, or too few for the grid's steps; scores that are not
+            finite. ConfigError: an unknown allocation, a grid that does not descend.
     """
     state = state_of(model)
     one_of("allocation", allocation, ALLOCATIONS)
-    batches, tokens, mean_keys = _text(data, tokenizer, max_tokens, max_length)
+    one_of("search", search, SEARCHES)
+    step = _smallest_step(grid)
+    samples, mean_keys = _text(data, tokenizer, max_tokens, max_length, step)
+    batches, tokens = to_batches(samples), count_tokens(samples)
     if not state.fitted:
         warnings.warn(
             "the gates were never fitted or trained, so they rank tokens at random; call "
@@ -58,33 +83,117 @@ def calibrate(
             stacklevel=2,
         )
     split = Allocation.of(state, allocation, weigh_cost, mean_keys)
-    rows: list[tuple[float, float, tuple[float, ...]]] = []
     with Progress(disable=not progress, transient=True) as bar:
+        if allocation == "searched":
+            first = to_batches(take_tokens(samples, SEARCH_TOKENS))
+            task = bar.add_task("Searching", total=passes_of(search, len(state.branches)))
+            split = searched(
+                model, first, split, method=search, advance=functools.partial(bar.advance, task)
+            )
         task = bar.add_task("Calibrating", total=len(grid) + 1)
-        seen = measure(model, batches, keep_all(state))
-        lowest = split.thresholds(seen, 1.0)
-        full_row = tuple(lowest.get(b, -math.inf) for b in state.branches)
-        rows.append((1.0, seen.compute, full_row))
-        bar.advance(task)
-        bound = lowest
-        for keep in grid:
-            bound, seen = closed_loop(model, batches, split, keep, seen, at_least=bound)
-            if seen.keep < rows[-1][0] - 1e-6 and seen.compute < rows[-1][1] - 1e-9:
-                row = tuple(bound.get(b, -math.inf) for b in state.branches)
-                rows.append((seen.keep, seen.compute, row))
+        points = []
+        for point in _measured(model, batches, split, grid):
+            points.append(point)
             bar.advance(task)
+    rows = list(_rows(state, split, points, mean_keys))
     table = ThresholdTable(
         allocation=allocation,
         weigh_cost=weigh_cost,
-        keep=tuple(r[0] for r in rows),
-        compute=tuple(r[1] for r in rows),
-        thresholds=tuple(r[2] for r in rows),
+        keep=tuple(r.keep for r in rows),
+        compute=tuple(r.compute for r in rows),
+        thresholds=tuple(_in_order(state, r.thresholds, -math.inf) for r in rows),
         tokens=tokens,
         mean_keys=mean_keys,
+        shares=tuple(_in_order(state, r.shares, 1.0) for r in rows),
+        protected=points[0][1].protected / points[0][1].valid,
+        rank_error=max(seen.rank_error for _, seen in points),
     )
-    state.policy = table
+    state.policy, state.latency = table, ()
     _keep_budget(state)
     return table
+
+
+Thresholds = dict[BranchKey, float]
+Point = tuple[Thresholds, Measured]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Row:
+    keep: float
+    compute: float
+    thresholds: Thresholds
+    shares: dict[BranchKey, float]
+
+
+def _measured(
+    model: nn.Module, batches: list[Batch], split: Allocation, grid: tuple[float, ...]
+) -> Iterator[Point]:
+    """(thresholds, what they do) with everything kept, then at the grid points."""
+    seen = measure(model, batches, keep_all(state_of(model)))
+    bound = split.thresholds(seen, 1.0)
+    yield bound, seen
+    for keep in grid:
+        # The last one is the floor that the user gets, so it is met; others need only be known.
+        passes = 4 if keep == grid[-1] else 1
+        bound, seen = closed_loop(model, batches, split, keep, seen, at_least=bound, passes=passes)
+        yield bound, seen
+        if split.name == "searched":
+            # Whom nobody uses is off from the next point on, for protected tokens, too.
+            idle = [
+                key for key, share in seen.shares.items() if share * seen.valid <= seen.protected
+            ]
+            bound = bound | {key: OFF for key in idle if key in bound}
+
+
+def _rows(
+    state: GateSkipState, split: Allocation, points: list[Point], mean_keys: float
+) -> Iterator[_Row]:
+    """The measured grid points, and between them rows from the scores of both neighbours."""
+    costs = state.costs()
+
+    def row(thresholds: Thresholds, shares: dict[BranchKey, float], factor: float) -> _Row:
+        keep = sum(shares.values()) / len(shares)
+        return _Row(keep, factor * net_share(costs, shares, mean_keys), thresholds, shares)
+
+    def factor(seen: Measured) -> float:
+        return seen.compute / net_share(costs, seen.shares, mean_keys)
+
+    last, seen = points[0]
+    yield row(last, seen.shares, factor(seen))
+    lowest = seen.keep, seen.compute
+    for thresholds, after in points[1:]:
+        if not (after.keep < lowest[0] - 1e-6 and after.compute < lowest[1] - 1e-9):
+            continue  # nothing more was skipped
+        lowest = after.keep, after.compute
+        for number in range(1, ROWS_PER_STEP):
+            w = number / ROWS_PER_STEP
+            keep = (1.0 - w) * seen.keep + w * after.keep
+            before, behind = split.thresholds(seen, keep), split.thresholds(after, keep)
+            between = {
+                key: min(max((1.0 - w) * before[key] + w * behind[key], last[key]), bound)
+                for key, bound in thresholds.items()
+            }
+            a, b = seen.shares_at(between), after.shares_at(between)
+            shares = {key: (1.0 - w) * a[key] + w * b[key] for key in a}
+            yield row(between, shares, (1.0 - w) * factor(seen) + w * factor(after))
+            last = between
+        last, seen = thresholds, after
+        yield row(last, seen.shares, factor(seen))
+
+
+def _in_order(
+    state: GateSkipState, values: dict[BranchKey, float], missing: float
+) -> tuple[float, ...]:
+    return tuple(values.get(branch, missing) for branch in state.branches)
+
+
+def _smallest_step(grid: tuple[float, ...]) -> float:
+    """The smallest step of a grid, from 1 and to 0 included. Raises ConfigError."""
+    points = (1.0, *grid, 0.0)
+    steps = [a - b for a, b in itertools.pairwise(points)]
+    if len(grid) < 1 or min(steps) <= 0.0:
+        raise ConfigError(f"grid={grid!r} must descend within (0, 1), such as (0.9, 0.75, 0.5).")
+    return min(steps)
 
 
 def table_of(
@@ -97,9 +206,10 @@ def table_of(
         DataError: fewer than 1,000 tokens. BudgetError: the thresholds skip nobody.
     """
     state = state_of(model)
-    batches, tokens, mean_keys = _text(data, tokenizer, max_tokens, max_length)
+    samples, mean_keys = _text(data, tokenizer, max_tokens, max_length, 1.0)
+    batches, tokens = to_batches(samples), count_tokens(samples)
     every = measure(model, batches, keep_all(state))
-    lowest = {key: float(scores.min()) for key, scores in every.scores.items()}
+    lowest = {key: scores.weighted().lowest(0.0) for key, scores in every.scores.items()}
     seen = measure(model, batches, thresholds)
     if not (seen.keep < every.keep and seen.compute < every.compute):
         raise BudgetError("thresholds skip nobody on data; train longer, or calibrate.")
@@ -115,26 +225,34 @@ def table_of(
         thresholds=tuple(rows),
         tokens=tokens,
         mean_keys=mean_keys,
+        shares=tuple(_in_order(state, m.shares, 1.0) for m in (every, seen)),
+        protected=seen.protected / seen.valid,
+        rank_error=max(every.rank_error, seen.rank_error),
     )
 
 
 def _text(
-    data: Any, tokenizer: Any, max_tokens: int | None, max_length: int
-) -> tuple[list[Batch], int, float]:
-    """(batches, tokens, mean number of visible keys). Raises DataError where it is too short."""
+    data: Any, tokenizer: Any, max_tokens: int | None, max_length: int, step: float
+) -> tuple[list[Sample], float]:
+    """(samples, mean number of visible keys). Raises DataError where they are too short."""
     samples = take_tokens(encode(data, tokenizer, max_length), max_tokens)
-    tokens = count_tokens(samples)
-    check_tokens(tokens)
+    check_tokens(count_tokens(samples), step)
     lengths = [sample.ids.shape[0] for sample in samples]
-    return to_batches(samples), tokens, sum(n * (n + 1) / 2 for n in lengths) / sum(lengths)
+    return samples, sum(n * (n + 1) / 2 for n in lengths) / sum(lengths)
 
 
-def check_tokens(tokens: int) -> None:
-    """Raise DataError where calibration text is too short."""
+def check_tokens(tokens: int, step: float = 1.0) -> None:
+    """Raise DataError where calibration text is too short, for steps of the grid too."""
     if tokens < MINIMUM_TOKENS:
         raise DataError(
             f"data has {tokens} tokens; calibration needs at least {MINIMUM_TOKENS}. "
             "Give more text."
+        )
+    needed = math.ceil(TOKENS_PER_STEP / step)
+    if tokens < needed:
+        raise DataError(
+            f"data has {tokens} tokens, too few for a grid with steps of {step:.2g}, which needs "
+            f"at least {needed}. Give more text, or a coarser grid."
         )
 
 

@@ -55,7 +55,7 @@ def explain(
     tokens = [tokenizer.decode([int(token)]) for token in ids[0]]
     with contextlib.ExitStack() as stack:
         if budget is not None:
-            chosen = gateskip.budget(model, keep=budget.keep, compute=budget.compute)
+            chosen = gateskip.budget(model, **budget.to_json())
             stack.enter_context(chosen)
         usage = branch_usage(model, ids)
     print_usage(usage, tokens, console)

@@ -13,6 +13,8 @@ from gateskip.cli.loading import (
     DtypeOption,
     GatesArgument,
     KeepOption,
+    LatencyOption,
+    WorkloadOption,
     load_gated,
     one_budget,
 )
@@ -28,6 +30,8 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What to continue.")],
     keep: KeepOption = None,
     compute: ComputeOption = None,
+    latency: LatencyOption = None,
+    workload: WorkloadOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
     chat: Annotated[
         bool | None,
@@ -40,7 +44,7 @@ def generate(
     json: JsonOption = None,
 ) -> None:
     """Continue a prompt greedily at a budget; without one, at the budget that was saved."""
-    budget = one_budget(keep, compute)
+    budget = one_budget(keep, compute, latency, workload)
     check_json(json)
     import gateskip
 

@@ -23,6 +23,8 @@ __all__ = [
     "GatesArgument",
     "KeepOption",
     "KeepsOption",
+    "LatencyOption",
+    "WorkloadOption",
     "budgets_of",
     "dtype_of",
     "load_base",
@@ -51,6 +53,16 @@ KeepOption = Annotated[
 ComputeOption = Annotated[
     float | None, typer.Option("--compute", help="Share of decoder MACs spent, net, in (0, 1].")
 ]
+LatencyOption = Annotated[
+    float | None,
+    typer.Option("--latency", help="Share of the dense model's time on this machine, in (0, 1]."),
+]
+WorkloadOption = Annotated[
+    tuple[int, int] | None,
+    typer.Option(
+        "--workload", metavar="PROMPT NEW", help="Tokens that --compute or --latency is about."
+    ),
+]
 KeepsOption = Annotated[
     list[float] | None, typer.Option("--keep", help="As a budget; may be repeated.")
 ]
@@ -70,9 +82,16 @@ def dtype_of(name: str) -> torch.dtype | str:
     return found
 
 
-def one_budget(keep: float | None, compute: float | None) -> Budget | None:
-    """The budget that was asked for, or None. Raises BudgetError where both were."""
-    return None if keep is None and compute is None else Budget(keep=keep, compute=compute)
+def one_budget(
+    keep: float | None,
+    compute: float | None,
+    latency: float | None = None,
+    workload: tuple[int, int] | None = None,
+) -> Budget | None:
+    """The budget that was asked for, or None. Raises BudgetError where several were."""
+    if (keep, compute, latency, workload) == (None, None, None, None):
+        return None
+    return Budget(keep=keep, compute=compute, latency=latency, workload=workload)
 
 
 def budgets_of(keeps: Sequence[float] | None, computes: Sequence[float] | None) -> list[Budget]:

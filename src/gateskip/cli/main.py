@@ -12,10 +12,13 @@ from gateskip.cli.bench import bench
 from gateskip.cli.calibrate import calibrate
 from gateskip.cli.eval import evaluate
 from gateskip.cli.explain import explain
+from gateskip.cli.export import export
 from gateskip.cli.fit import fit
 from gateskip.cli.generate import generate
 from gateskip.cli.generate_data import generate_data
 from gateskip.cli.info import info
+from gateskip.cli.latency import latency
+from gateskip.cli.sweep import sweep
 from gateskip.cli.train import train
 from gateskip.errors import GateSkipError
 
@@ -32,11 +35,14 @@ for _name, _command in (
     ("fit", fit),
     ("train", train),
     ("calibrate", calibrate),
+    ("latency", latency),
     ("generate", generate),
     ("generate-data", generate_data),
     ("eval", evaluate),
     ("bench", bench),
+    ("sweep", sweep),
     ("explain", explain),
+    ("export", export),
     ("info", info),
 ):
     app.command(_name)(_command)

@@ -30,6 +30,7 @@ from gateskip.config import Budget
 from gateskip.errors import ConfigError
 from gateskip.evaluation.header import run_header
 from gateskip.execution.api import dense, execution, trace
+from gateskip.execution.timing import clock, decode, keep_freed_memory, prefill
 from gateskip.fitting.passes import eval_mode
 from gateskip.skipping.ledger import Ledger
 from gateskip.skipping.state import override, state_of
@@ -132,31 +133,6 @@ def run_bench(
     return {"header": run_header(command) | {"repeats": repeats, "notes": notes}, "rows": rows}
 
 
-def _prefill(runner: Any, ids: Tensor, prompt: int) -> Any:
-    return runner(input_ids=ids[:, :prompt], use_cache=True, logits_to_keep=1)
-
-
-def _decode(runner: Any, ids: Tensor, prompt: int, cache: Any) -> None:
-    for at in range(prompt, ids.shape[1]):
-        mask = torch.ones(ids.shape[0], at + 1, dtype=torch.long, device=ids.device)
-        runner(input_ids=ids[:, at : at + 1], attention_mask=mask, cache=cache, use_cache=True)
-
-
-def keep_freed_memory() -> bool:
-    """Make glibc keep freed memory; False where there is no glibc.
-
-    Otherwise it returns large tensors to the system, or does not, depending on what ran before: the
-    same dense prefill took 0.54 or 0.81 s. Holds for the rest of the process.
-    """
-    try:
-        library = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return False
-    trim, top_pad, mmap_threshold = -1, -2, -3
-    wanted = ((trim, 2**31 - 1), (top_pad, 64 << 20), (mmap_threshold, 32 << 20))
-    return all([library.mallopt(name, value) == 1 for name, value in wanted])
-
-
 def _compiled_arm(
     model: nn.Module, phase: str, ids: Tensor, prompt: int, notes: list[str]
 ) -> list[_Arm]:
@@ -177,11 +153,11 @@ def _compiled_arm(
 def _time(model: Any, arm: _Arm, phase: str, ids: Tensor, prompt: int) -> float:
     with arm.active(model) as runner:
         if phase == "prefill":
-            return _clock(lambda: _prefill(runner, ids, prompt), ids)
+            return clock(lambda: prefill(runner, ids, prompt), ids)
         if arm.name == "dense_compiled":
             return _time_static_decode(model, runner, ids, prompt)
-        cache = _prefill(model, ids, prompt).cache
-        return _clock(lambda: _decode(runner, ids, prompt, cache), ids)
+        cache = prefill(model, ids, prompt).cache
+        return clock(lambda: decode(runner, ids, prompt, cache), ids)
 
 
 def _time_static_decode(model: Any, runner: Any, ids: Tensor, prompt: int) -> float:
@@ -197,19 +173,7 @@ def _time_static_decode(model: Any, runner: Any, ids: Tensor, prompt: int) -> fl
                 input_ids=ids[:, at : at + 1], position_ids=position, cache=cache, use_cache=True
             )
 
-    return _clock(steps, ids)
-
-
-def _clock(step: Callable[[], Any], ids: Tensor) -> float:
-    def wait() -> None:
-        if ids.is_cuda:
-            torch.cuda.synchronize()
-
-    wait()
-    started = time.perf_counter()
-    step()
-    wait()
-    return time.perf_counter() - started
+    return clock(steps, ids)
 
 
 def _peak_rss(step: Callable[[], Any]) -> int | None:
@@ -238,11 +202,11 @@ def _ledger(model: Any, arm: _Arm, phase: str, ids: Tensor, prompt: int) -> tupl
         for window in ids:
             if phase == "prefill":
                 with trace(model) as recorder:
-                    _prefill(model, window, prompt)
+                    prefill(model, window, prompt)
             else:
-                cache = _prefill(model, window, prompt).cache
+                cache = prefill(model, window, prompt).cache
                 with trace(model) as recorder:
-                    _decode(model, window, prompt, cache)
+                    decode(model, window, prompt, cache)
             calls += recorder.calls
     return Ledger.of(calls), ids.shape[0]
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from gateskip.config import Budget, one_of
-from gateskip.data import encode
-from gateskip.errors import CheckpointError, ConfigError, DataError
+from gateskip.data import text_windows
+from gateskip.errors import CheckpointError, ConfigError
 from gateskip.evaluation.bench import run_bench
 from gateskip.execution.checkpoint import load
 
-__all__ = ["bench_gates", "text_ids"]
+__all__ = ["bench_gates"]
 
 DTYPES = ("bfloat16", "float32", "float16")
 
@@ -90,23 +90,6 @@ def bench_gates(
     return result
 
 
-def text_ids(texts: Sequence[Any], tokenizer: Any, shape: tuple[int, int], most: int = 1) -> Tensor:
-    """Texts one after another as ids, int64 ``[V, B, T]``: up to ``most`` windows.
-
-    Raises:
-        DataError: fewer than B·T tokens.
-    """
-    wanted = shape[0] * shape[1]
-    flat = torch.cat([sample.ids for sample in encode(texts, tokenizer, max_length=wanted * most)])
-    if flat.shape[0] < wanted:
-        raise DataError(
-            f"texts have {flat.shape[0]} tokens; {shape[0]} rows of {shape[1]} tokens need "
-            f"{wanted}. Give more text, or a smaller batch, prompt_tokens or new_tokens."
-        )
-    windows = min(flat.shape[0] // wanted, most)
-    return flat[: windows * wanted].view(windows, *shape)
-
-
 def _ids(
     model: Any,
     base: str | Path | None,
@@ -129,4 +112,4 @@ def _ids(
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"base model {name!r} has no tokenizer that loads.") from error
-    return text_ids(texts, tokenizer, shape, most)
+    return text_windows(texts, tokenizer, shape, most)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gateskip import kernels
+from gateskip.skipping.latency import cpu_name
 
 __all__ = ["run_header"]
 
@@ -27,17 +27,8 @@ def run_header(command: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "kernels": kernels.backend(),
         "seed": torch.initial_seed(),
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from gateskip.retrofit.devices import device_of
 from gateskip.skipping.ledger import Ledger
 from gateskip.skipping.state import override, state_of
 
-__all__ = ["QualityRow", "evaluate"]
+__all__ = ["Evaluation", "QualityRow", "evaluate"]
 
 ARMS = ("gateskip", "control", "random")
 
@@ -88,45 +88,101 @@ def evaluate(
         BudgetError: a budget that the model cannot take, before any work. DataError: bad data.
         ConfigError: another arm than the model is, or no reference where one is needed.
     """
-    state = state_of(model)
-    arm = arm or ("random" if state.config.importance == "random" else "gateskip")
-    one_of("arm", arm, ARMS)
-    if arm != "control" and (arm == "random") != (state.config.importance == "random"):
-        raise ConfigError(f"arm={arm!r}, but the model has importance={state.config.importance!r}.")
-    if reference is None and (state.tuned or state.backbone_trained):
-        raise ConfigError(
-            "training changed this model's backbone, so it is not the dense model any more; pass "
-            "that one as reference=."
-        )
-    for budget in () if arm == "control" else budgets:
-        state.resolve(budget)
-    samples = take_tokens(encode(data, tokenizer, max_length), max_tokens)
-    batches = to_batches(samples, batch_tokens)
-    rows = []
+    run = Evaluation(
+        model, data, tokenizer, max_length=max_length, max_tokens=max_tokens,
+        batch_tokens=batch_tokens, reference=reference, arm=arm, name=name, seed=seed,
+    )  # fmt: skip
+    if run.arm != "control":
+        for budget in budgets:
+            state_of(model).resolve(budget)
     with Progress(disable=not progress, transient=True) as bar:
-        arms = 1 if arm == "control" else len(budgets)
-        task = bar.add_task("Evaluating", total=(1 + arms) * len(batches))
-        base = str(getattr(model.config, "_name_or_path", "") or "")
+        arms = 1 if run.arm == "control" else len(budgets)
+        task = bar.add_task("Evaluating", total=(1 + arms) * len(run.batches))
+        run.advance = lambda: bar.advance(task)
+        rows = [run.dense()]
+        if run.arm == "control":
+            return [*rows, run.control()]
+        return rows + [run.at(budget) for budget in budgets]
 
-        def row(kind: str, *figures: Any) -> QualityRow:
-            return _row((base, kind, name, None if kind == "dense" else seed), *figures)
 
-        def advance() -> None:
-            bar.advance(task)
+class Evaluation:
+    """The arms of :func:`evaluate` one at a time, on the same tokens; the dense one runs once.
 
-        with eval_mode(model):
-            with eval_mode(reference) if reference is not None else dense(model):
+    Args, errors: as there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Any,
+        tokenizer: Any = None,
+        *,
+        max_length: int = 512,
+        max_tokens: int | None = None,
+        batch_tokens: int = 2048,
+        reference: nn.Module | None = None,
+        arm: str | None = None,
+        name: str = "",
+        seed: int | None = None,
+    ) -> None:
+        state = state_of(model)
+        self.arm = arm or ("random" if state.config.importance == "random" else "gateskip")
+        one_of("arm", self.arm, ARMS)
+        if self.arm != "control" and (self.arm == "random") != (
+            state.config.importance == "random"
+        ):
+            raise ConfigError(
+                f"arm={self.arm!r}, but the model has importance={state.config.importance!r}."
+            )
+        if reference is None and (state.tuned or state.backbone_trained):
+            raise ConfigError(
+                "training changed this model's backbone, so it is not the dense model any more; "
+                "pass that one as reference=."
+            )
+        self.model, self.reference = model, reference
+        self.name, self.seed = name, seed
+        samples = take_tokens(encode(data, tokenizer, max_length), max_tokens)
+        self.batches = to_batches(samples, batch_tokens)
+        self.advance: Callable[[], None] = lambda: None
+        self._dense: tuple[QualityRow, list[Tensor]] | None = None
+
+    def dense(self) -> QualityRow:
+        """The model before training, without gates."""
+        return self._reference()[0]
+
+    def control(self) -> QualityRow:
+        """The trained backbone without gates and skipping."""
+        best = self._reference()[1]
+        with eval_mode(self.model), dense(self.model):
+            loss, _, tokens, (agreed, _) = self._run(self.model, None, best)
+        return self._row("control", None, loss, agreed / tokens, tokens, None)
+
+    def at(self, budget: Budget) -> QualityRow:
+        """The gated model at a budget."""
+        best = self._reference()[1]
+        with eval_mode(self.model):
+            loss, _, tokens, (agreed, ledger) = self._run(self.model, budget, best)
+        return self._row(self.arm, budget, loss, agreed / tokens, tokens, ledger)
+
+    def _reference(self) -> tuple[QualityRow, list[Tensor]]:
+        if self._dense is None:
+            model, reference = self.model, self.reference
+            with (
+                eval_mode(model),
+                eval_mode(reference) if reference is not None else dense(model),
+            ):
                 plain = model if reference is None else reference
-                loss, best, tokens, _ = _arm(plain, batches, None, None, advance)
-            rows.append(row("dense", None, loss, 1.0, tokens, None))
-            if arm == "control":
-                with dense(model):
-                    loss, _, tokens, (agreed, _) = _arm(model, batches, None, best, advance)
-                return [*rows, row("control", None, loss, agreed / tokens, tokens, None)]
-            for budget in budgets:
-                loss, _, tokens, (agreed, ledger) = _arm(model, batches, budget, best, advance)
-                rows.append(row(arm, budget, loss, agreed / tokens, tokens, ledger))
-    return rows
+                loss, best, tokens, _ = self._run(plain, None, None)
+            self._dense = self._row("dense", None, loss, 1.0, tokens, None), best
+        return self._dense
+
+    def _run(self, model: Any, budget: Budget | None, best: Sequence[Tensor] | None) -> Any:
+        return _arm(model, self.batches, budget, best, self.advance)
+
+    def _row(self, kind: str, *figures: Any) -> QualityRow:
+        base = str(getattr(self.model.config, "_name_or_path", "") or "")
+        seed = None if kind == "dense" else self.seed
+        return _row((base, kind, self.name, seed), *figures)
 
 
 def _arm(

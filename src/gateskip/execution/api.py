@@ -23,6 +23,7 @@ from gateskip.retrofit.attach import (
     uninstall,
 )
 from gateskip.retrofit.fingerprint import fingerprint
+from gateskip.skipping.controller import BudgetController
 from gateskip.skipping.ledger import Trace
 from gateskip.skipping.state import GateSkipState, check_execution, override, state_of
 
@@ -86,19 +87,29 @@ def detach(model: M) -> M:
 
 
 def set_budget(
-    model: nn.Module, *, keep: float | None = None, compute: float | None = None
+    model: nn.Module,
+    *,
+    keep: float | None = None,
+    compute: float | None = None,
+    latency: float | None = None,
+    workload: tuple[int, int] | None = None,
 ) -> None:
-    """Set the model's default budget: exactly one of the two.
+    """Set the model's default budget: exactly one of ``keep``, ``compute`` and ``latency``.
 
     Args:
         keep: share of token×branch pairs computed, in (0, 1].
         compute: share of dense decoder MACs spent, net of gates, in (0, 1].
+        latency: share of the dense model's time, in (0, 1], as ``measure_latency`` found it on this
+            machine; everything is kept where that is fast enough.
+        workload: (prompt tokens, new tokens) of the requests that ``compute`` or ``latency`` is
+            about; ``(512, 0)`` is prefill alone. None: the lengths that were calibrated or timed.
 
     Raises:
-        BudgetError: out of range, both or none, below the floor, or not calibrated.
+        BudgetError: out of range, several or none, below the floor, not calibrated, or not
+            measured on this machine.
     """
     state = state_of(model)
-    chosen = Budget(keep=keep, compute=compute)
+    chosen = Budget(keep=keep, compute=compute, latency=latency, workload=workload)
     state.resolve(chosen)
     state.default_budget = chosen
 
@@ -109,21 +120,43 @@ def budget(
     *,
     keep: float | Sequence[float] | Tensor | None = None,
     compute: float | Sequence[float] | Tensor | None = None,
+    latency: float | Sequence[float] | Tensor | None = None,
+    workload: tuple[int, int] | None = None,
 ) -> Iterator[None]:
     """Use a budget within the block, for this thread and context only.
 
     Args:
-        keep, compute: as in :func:`set_budget`, or one number for every row of the batch (a list,
-            or a tensor ``[B]``).
+        keep, compute, latency: as in :func:`set_budget`, or one number for every row of the batch
+            (a list, or a tensor ``[B]``). workload: as there.
 
     Raises:
         BudgetError: as :func:`set_budget`; in a call whose batch has another number of rows.
     """
     state = state_of(model)
-    chosen = Budget.of({"keep": keep, "compute": compute})
+    chosen = Budget.of({"keep": keep, "compute": compute, "latency": latency, "workload": workload})
     state.resolve(chosen)
     with override(state, budget=chosen):
         yield
+
+
+@contextlib.contextmanager
+def hold_budget(model: nn.Module, *, gain: float = 0.05) -> Iterator[BudgetController]:
+    """Hold the budget in every request within the block, whatever the text, for this thread.
+
+    Every branch moves its threshold after each token of a row, so that it keeps the share that its
+    calibration promised even where text is of another kind. Decisions stay causal and alike in
+    prefill and decoding. Off by default: a share held where text asks for another costs quality.
+
+    Args:
+        gain: how far a threshold moves after one token, in units of the branch's range; larger
+            holds sooner, and ranks tokens less well.
+
+    Raises:
+        ConfigError: gain out of (0, 1]. UnsupportedError: in a call, for beams, caches that were
+            begun outside, or on a GPU. BudgetError: thresholds of an older version.
+    """
+    with override(state_of(model), controller=BudgetController(gain)) as held:
+        yield held.controller
 
 
 @contextlib.contextmanager

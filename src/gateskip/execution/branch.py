@@ -16,6 +16,7 @@ from gateskip.retrofit.families import FamilySpec
 from gateskip.skipping.call import Call
 from gateskip.skipping.compensation import compensation_of
 from gateskip.skipping.join import join, join_at, scale
+from gateskip.skipping.policy import OFF
 from gateskip.skipping.score import (
     RAW,
     Norm,
@@ -172,7 +173,8 @@ class Branch:
         assert call.thresholds is not None
         w_H, b = scaled_vector(gate, self.read)
         score = single_score(h_11H.detach().view(-1), w_H, b, self.read.eps)
-        kept = score >= call.thresholds[self.key] or call.protected_BT is not None
+        threshold = call.thresholds[self.key]
+        kept = score >= threshold or (call.protected_BT is not None and threshold < OFF)
         keep_BT = YES if kept else NO
         call.keep[self.key] = keep_BT
         return keep_BT

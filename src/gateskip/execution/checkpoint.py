@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gateskip.config import Budget, GateConfig
-from gateskip.errors import CheckpointError
+from gateskip.errors import BudgetError, CheckpointError
 from gateskip.execution.api import attach, detach
 from gateskip.retrofit.attach import gated_branches, inner_model, is_sharded
 from gateskip.retrofit.checkpoint import read_backbone, read_checkpoint, write_checkpoint
@@ -25,8 +29,9 @@ from gateskip.retrofit.lora import (
     quantised,
 )
 from gateskip.skipping.compensation import Compensation, compensation_of, set_compensation
+from gateskip.skipping.latency import LatencyRecord
 from gateskip.skipping.policy import ThresholdTable
-from gateskip.skipping.state import state_of
+from gateskip.skipping.state import GateSkipState, state_of
 
 __all__ = ["load", "save"]
 
@@ -80,12 +85,23 @@ def save(
         "gateskip_version": __version__,
         "gate": state.config.to_json(),
         "base": state.base,
+        "gates_sha256": _hash(tensors),
         "fitted": state.fitted,
         "backbone_trained": state.backbone_trained,
         "policy": None if state.policy is None else state.policy.to_json(),
+        "latency": [dataclasses.asdict(record) for record in state.latency],
         "budget": None if state.default_budget is None else state.default_budget.to_json(),
     }
     write_checkpoint(path, config, tensors, overwrite=overwrite, backbone=backbone)
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of all gates, which thresholds belong to."""
+    found = hashlib.sha256()
+    for name in sorted(name for name in tensors if ".skip_gate." in name):
+        found.update(name.encode())
+        found.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype | None, gate: bool) -> Tensor:
@@ -254,6 +270,11 @@ def fill(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], w
         CheckpointError: a tensor is missing, misshapen or unknown.
     """
     state = state_of(model)
+    if config.get("gates_sha256", _hash(tensors)) != _hash(tensors):
+        raise CheckpointError(
+            f"{where}: the thresholds in gateskip_config.json are of another gate set than "
+            "gateskip_model.safetensors; copy both files of one save."
+        )
     left = dict(tensors)
     filled: set[nn.Module] = set()
     for (layer, kind), module in gated_branches(model, state.family).items():
@@ -274,11 +295,30 @@ def fill(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], w
     state.fitted = bool(config.get("fitted"))
     if config.get("policy") is not None:
         state.policy = ThresholdTable.from_json(config["policy"])
+        _check_thresholds(state, where)
+    state.latency = tuple(LatencyRecord.from_json(row) for row in config.get("latency", ()))
     saved = config.get("budget")
     if saved is not None:
         budget = Budget(**saved)
-        state.resolve(budget)
-        state.default_budget = budget
+        try:
+            state.resolve(budget)
+        except BudgetError as error:
+            if budget.unit != "latency":
+                raise
+            warnings.warn(f"the saved budget is not in force: {error}", stacklevel=2)
+        else:
+            state.default_budget = budget
+
+
+def _check_thresholds(state: GateSkipState, where: str) -> None:
+    """Raise CheckpointError where a table's rows are not of these branches."""
+    assert state.policy is not None
+    rows, wanted = state.policy.thresholds, len(state.branches)
+    if any(len(row) != wanted for row in rows) or len(rows) != len(state.policy.keep):
+        raise CheckpointError(
+            f"{where}: the thresholds are of another gate set ({len(rows[0]) if rows else 0} "
+            f"branches, these gates have {wanted}); calibrate again."
+        )
 
 
 def _fill_gate(gate: nn.Module, left: dict[str, Tensor], prefix: str, where: str) -> None:

@@ -46,10 +46,11 @@ def compile_masked(model: nn.Module, **options: Any) -> Any:
     @functools.wraps(model.forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
         over = current(state)
-        if over.recorder or over.observer or over.objective or over.forced or over.thresholds:
+        changed = (over.recorder, over.observer, over.objective, over.forced, over.thresholds)
+        if any(changed) or over.controller:
             raise UnsupportedError(
-                "a compiled forward cannot be traced, observed or trained with an objective; call "
-                "the model itself there."
+                "a compiled forward cannot be traced, observed, held to a budget or trained with "
+                "an objective; call the model itself there."
             )
         budget = effective_budget(state)
         if isinstance(budget, RowBudgets):

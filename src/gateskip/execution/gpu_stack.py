@@ -19,6 +19,7 @@ from gateskip.config import BRANCH_KINDS
 from gateskip.execution.memory import Memory
 from gateskip.execution.plan import Plan, Plans
 from gateskip.skipping.call import Call
+from gateskip.skipping.policy import OFF
 
 __all__ = ["run_on_gpu"]
 
@@ -131,7 +132,8 @@ class _Step:
             self.thresholds.copy_(torch.stack([torch.stack(pair) for pair in rows]))
         self.source = call.thresholds
         if call.protected_BT is not None:
-            self.thresholds.masked_fill_(call.protected_BT[None, None, :, 0], float("-inf"))
+            protected = call.protected_BT[None, None, :, 0] & (self.thresholds < OFF)
+            self.thresholds.masked_fill_(protected, float("-inf"))
             self.source = self
 
     def run(self, memory: Memory) -> None:

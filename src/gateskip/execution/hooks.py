@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -94,6 +95,8 @@ def decoder_hook(
         and not torch.is_grad_enabled()
         and _channels_alike(decoder),
     )
+    if over.controller is not None and over.thresholds is None and call.forced is None:
+        call.held = over.controller.begin(call, effective_budget(state), cache)
     call.layers = list(getattr(decoder, state.family.layers))
     return (), kwargs | {"gateskip_call": call}
 
@@ -116,8 +119,20 @@ def generate(model: nn.Module, *args: Any, gateskip_budget: Any = None, **kwargs
             f"budget has {len(budget.rows)} rows, the prompts {len(prompts)}; give one number for "
             "every prompt."
         )
+    if current(state).controller is not None and _beams(model, kwargs) > 1:
+        raise UnsupportedError(
+            "hold_budget keeps one offset per row, which beams exchange; use num_beams=1, or leave "
+            "the block."
+        )
     with override(state, budget=budget, generating=True):
         return type(model).generate(model, *args, **kwargs)  # type: ignore[attr-defined]
+
+
+def _beams(model: nn.Module, given: Mapping[str, Any]) -> int:
+    """Beams that ``generate`` will use."""
+    configs = (given.get("generation_config"), getattr(model, "generation_config", None))
+    found = [given.get("num_beams"), *(getattr(config, "num_beams", None) for config in configs)]
+    return next((int(beams) for beams in found if beams is not None), 1)
 
 
 def no_continuous_batching(model: nn.Module, *args: Any, **kwargs: Any) -> Any:

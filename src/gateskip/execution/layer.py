@@ -60,9 +60,13 @@ def layer_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs:
         h = token_layer(layer, call, index, hidden_states, kwargs)
     if h is None:
         h = _layer(layer, call, index, hidden_states, kwargs)
-    if call.recorder is not None and index == call.state.shape.layers - 1:
-        call.recorder.record(call)
-        call.recorder = None  # recomputation must not count twice
+    if index == call.state.shape.layers - 1:
+        if call.recorder is not None:
+            call.recorder.record(call)
+            call.recorder = None  # recomputation must not count twice
+        if call.held is not None:
+            call.held.finish(call)
+            call.held = None
     return h
 
 

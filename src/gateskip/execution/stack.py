@@ -25,6 +25,7 @@ from gateskip.kernels import scratch
 from gateskip.retrofit.families import FamilySpec
 from gateskip.retrofit.listeners import listened
 from gateskip.skipping.call import Call
+from gateskip.skipping.policy import OFF
 
 __all__ = ["takes_stack", "token_stack"]
 
@@ -82,7 +83,8 @@ def _thresholds(table: Plans, call: Call) -> Any:
         table.thresholds = (source, bits)
     if call.protected_BT is not None:
         free = np.broadcast_to(bits.view(np.float64), (layers, 2, call.batch)).copy()
-        free[:, :, call.protected_BT[:, 0].numpy()] = -np.inf
+        protected = call.protected_BT[:, 0].numpy() & (free < OFF)
+        free[protected] = -np.inf
         bits = free.view(np.int64)
     return bits
 

@@ -18,6 +18,7 @@ from gateskip.execution.inputs import CACHE_NAMES
 from gateskip.execution.plan import Plan, layer_plans
 from gateskip.kernels import scratch
 from gateskip.skipping.call import Call
+from gateskip.skipping.policy import OFF
 
 __all__ = ["NO", "YES", "additive", "record", "takes_tokens", "token_layer"]
 
@@ -71,8 +72,9 @@ def _start(plan: Plan, call: Call, key: Any, h: Tensor) -> tuple[Any, Tensor, An
     """(arguments, out, kept flag, scratch) of one call."""
     from gateskip.kernels.pool import Ints
 
-    free = call.thresholds is None or call.protected_BT is not None
-    threshold = -math.inf if free else call.thresholds[key]  # type: ignore[index]
+    threshold = -math.inf if call.thresholds is None else call.thresholds[key]
+    if call.protected_BT is not None and threshold < OFF:
+        threshold = -math.inf
     out = torch.empty_like(h)
     flag = np.zeros(1, dtype=np.int64)
     room = scratch(3 * plan.hidden * max(torch.get_num_threads(), 1))

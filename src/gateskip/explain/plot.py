@@ -15,7 +15,7 @@ from typing import Any
 from gateskip.errors import ConfigError, OutputError
 from gateskip.explain.usage import Usage
 
-__all__ = ["check_plotting", "plot_usage"]
+__all__ = ["check_plotting", "plot_usage", "write_figure"]
 
 TOKENS_PER_STRIP = 120
 LABEL_LENGTH = 14
@@ -36,7 +36,7 @@ def plot_usage(usage: Usage, tokens: Sequence[str], path: str | Path) -> None:
     """
     usage.check_tokens(tokens)
     figure = _draw(usage, _labels(tokens))
-    _write(figure, Path(path))
+    write_figure(figure, Path(path))
 
 
 def check_plotting() -> Any:
@@ -140,14 +140,25 @@ def _bars(axes: Any, usage: Usage) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _write(figure: Any, path: Path) -> None:
+def write_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG or, where the name ends so, SVG with text as text; whole or not at all.
+
+    Raises:
+        OutputError: the file cannot be written; an old one stays as it was.
+    """
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     # Opened plainly, so that the file gets the usual permissions, not mkstemp's private ones.
     temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:
-            FigureCanvasAgg(figure).print_png(stream, metadata={"Software": "gateskip"})
+            if path.suffix == ".svg":
+                with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gateskip"}):
+                    FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None})
+            else:
+                FigureCanvasAgg(figure).print_png(stream, metadata={"Software": "gateskip"})
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):

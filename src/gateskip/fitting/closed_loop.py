@@ -7,54 +7,132 @@ Shapes: B rows, T tokens; scores are pooled per branch over valid, unprotected t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch import Tensor, nn
 
 from gateskip.config import BranchKey
 from gateskip.costs import saved_macs
 from gateskip.data import Batch
+from gateskip.errors import DataError
 from gateskip.fitting.passes import flat_valid, run_pass
+from gateskip.fitting.quantiles import Quantiles, pooled
 from gateskip.skipping.call import Call
-from gateskip.skipping.ledger import CallRecord, Ledger
+from gateskip.skipping.ledger import CallRecord, macs_of
 from gateskip.skipping.state import GateSkipState, state_of
 
-__all__ = ["Allocation", "Measured", "closed_loop", "measure"]
-
-Floats = NDArray[np.float64]
+__all__ = ["Allocation", "Collector", "Measured", "closed_loop", "measure"]
 
 #: Exponent of the saved MACs in "harm per cost", e^{2s} / MACs^w. If harm were the squared change
 #: of the stream, w = 1 would be right; measured, large changes hurt more (docs/log.md).
 COST_WEIGHT = 0.5
 
 
-class _Scores:
-    """Collects scores and, as the recorder, what was kept."""
+class Collector:
+    """An override's ``scores`` and ``recorder`` in one: scores, and what was kept and spent; sums
+    only."""
 
     def __init__(self) -> None:
-        self.scores: dict[BranchKey, list[Floats]] = {}
-        self.records: list[CallRecord] = []
+        self.scores: dict[BranchKey, Quantiles] = {}
+        self.kept: Counter[BranchKey] = Counter()
+        self.valid = self.protected = 0
+        self.dense = self.spent = 0.0
+        self.products = torch.zeros(3, dtype=torch.float64)
 
     def add(self, key: BranchKey, score_BT: Tensor, call: Call) -> None:
-        wanted = score_BT.flatten()[flat_valid(call)]
-        self.scores.setdefault(key, []).append(wanted.double().cpu().numpy())
+        found = score_BT.flatten()[flat_valid(call)].double().cpu()
+        if not bool(torch.isfinite(found).all()):
+            raise DataError(
+                f"scores of branch {key} are not finite on this text; the gates or the model are "
+                "damaged (a training that diverged, float16 overflow). Fit them again."
+            )
+        self.scores.setdefault(key, Quantiles()).add(found.numpy())
 
     def record(self, call: Call) -> None:
-        self.records.append(CallRecord.of(call).without_padding())
+        record = CallRecord.of(call).without_padding()
+        dense, spent = macs_of(record)
+        self.dense += float(dense.sum())
+        self.spent += float(spent.sum())
+        self.valid += int(record.valid_BT.sum())
+        if call.protected_BT is not None:
+            self.protected += int((call.protected_BT & record.valid_BT).sum())
+        rows = torch.zeros(record.valid_BT.shape[0], dtype=torch.float64)
+        for key, mask in record.keep.items():
+            kept = mask.sum(1).cpu()
+            rows += kept
+            self.kept[key] += int(kept.sum())
+        tokens = record.valid_BT.sum(1).double().cpu()
+        self.products += torch.stack([rows @ rows, rows @ tokens, tokens @ tokens])
+
+    def measured(self, state: GateSkipState) -> Measured:
+        """What was seen so far."""
+        return Measured(
+            scores=self.scores,
+            shares={key: self.kept[key] / self.valid for key in state.branches},
+            compute=self.spent / self.dense,
+            valid=self.valid,
+            protected=self.protected,
+            keep_error=self._keep_error(),
+        )
+
+    def _keep_error(self) -> float:
+        """Standard error of the kept share, texts drawn as wholes (ratio estimator)."""
+        pairs = max(self.valid * len(self.kept), 1)
+        ratio = sum(self.kept.values()) / max(self.valid, 1)
+        squares = self.products @ torch.tensor([1.0, -2.0 * ratio, ratio**2], dtype=torch.float64)
+        return math.sqrt(max(float(squares), 0.0)) / pairs
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Measured:
-    """One pass under thresholds: pooled scores per branch, realised keep and compute."""
+    """One pass under thresholds.
 
-    scores: dict[BranchKey, Floats]
-    keep: float
+    Attributes:
+        scores: scores of unprotected tokens per branch.
+        shares: share of valid tokens that each gated branch kept, protected ones included.
+        keep: share of all token×branch pairs kept. compute: share of dense MACs spent, net.
+        valid, protected: tokens. pairs: valid token×branch pairs.
+        keep_error: standard error of ``keep`` over texts.
+    """
+
+    scores: dict[BranchKey, Quantiles]
+    shares: dict[BranchKey, float]
     compute: float
-    pairs: int
+    valid: int
+    protected: int
+    keep_error: float = 0.0
+
+    @property
+    def pairs(self) -> int:
+        return self.valid * len(self.shares)
+
+    @property
+    def keep(self) -> float:
+        return sum(self.shares.values()) / max(len(self.shares), 1)
+
+    def shares_at(self, thresholds: dict[BranchKey, float]) -> dict[BranchKey, float]:
+        """Share of valid tokens that each branch would keep under other thresholds, if scores
+        stayed as they are."""
+        found: dict[BranchKey, float] = {}
+        for key in self.shares:
+            decides = key if key in self.scores else (key[0], "attention")
+            scores = self.scores.get(decides)
+            if scores is None:  # never skipped
+                found[key] = self.shares[key]
+                continue
+            skipped = scores.weighted().below(thresholds[decides])
+            found[key] = 1.0 - skipped / self.valid
+        return found
+
+    @property
+    def rank_error(self) -> float:
+        """Bound of the error of any branch's quantiles, as a share; 0 on short text."""
+        return max((s.rank_error for s in self.scores.values()), default=0.0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,18 +144,21 @@ class Allocation:
             is not weighed; ``"uniform"``: every branch keeps the same share.
         offsets: w/2·log(MACs saved) per branch, or zeros.
         pairs: token×branch pairs that one score decides: 2 where it is a layer's.
+        found: offsets that were searched at shares of pairs kept, descending; in between they are
+            interpolated, outside the nearest hold.
     """
 
     name: str
     offsets: dict[BranchKey, float]
     pairs: int = 1
+    found: tuple[tuple[float, dict[BranchKey, float]], ...] = ()
 
     @classmethod
     def of(cls, state: GateSkipState, name: str, weigh_cost: bool, keys: float) -> Allocation:
         """Offsets from the model's costs at ``keys`` visible keys."""
         costs = state.costs()
         whole = state.config.decision == "layer"
-        if not (weigh_cost and name == "global"):
+        if not weigh_cost or name == "uniform":
             return cls(name, dict.fromkeys(state.branches, 0.0), 2 if whole else 1)
         saved = {branch: saved_macs(costs[branch], keys) for branch in state.branches}
         if whole:
@@ -91,37 +172,36 @@ class Allocation:
         An order statistic, so ties never skip more than was asked.
         """
         if self.name == "uniform":
-            decided = self.pairs * sum(len(s) for s in measured.scores.values())
+            decided = self.pairs * sum(s.count for s in measured.scores.values())
             share = measured.pairs / max(decided, 1)
             return {
-                branch: order_statistic(s, (1.0 - keep) * len(s) * share)
+                branch: s.weighted().lowest((1.0 - keep) * s.count * share)
                 for branch, s in measured.scores.items()
             }
-        pooled = np.concatenate([s - self.offsets[b] for b, s in measured.scores.items()])
-        theta = order_statistic(pooled, (1.0 - keep) * measured.pairs / self.pairs)
-        return {branch: theta + self.offsets[branch] for branch in measured.scores}
+        offsets = self.offsets_at(keep)
+        everyone = pooled([(s, -offsets[b]) for b, s in measured.scores.items()])
+        theta = everyone.lowest((1.0 - keep) * measured.pairs / self.pairs)
+        return {branch: theta + offsets[branch] for branch in measured.scores}
 
-
-def order_statistic(scores: Floats, skipped: float) -> float:
-    """The score below which at most ``skipped`` scores lie."""
-    index = min(max(math.floor(skipped + 1e-9), 0), len(scores) - 1)
-    return float(np.partition(scores, index)[index])
+    def offsets_at(self, keep: float) -> dict[BranchKey, float]:
+        """Offsets per branch where ``keep`` of the pairs are kept."""
+        if not self.found:
+            return self.offsets
+        for (above, high), (below, low) in itertools.pairwise(self.found):
+            if above >= keep >= below:
+                w = (above - keep) / (above - below)
+                return {key: (1.0 - w) * value + w * low[key] for key, value in high.items()}
+        return self.found[0][1] if keep > self.found[0][0] else self.found[-1][1]
 
 
 def measure(
     model: nn.Module, batches: Sequence[Batch], thresholds: dict[BranchKey, float]
 ) -> Measured:
     """One compacted pass under thresholds."""
-    collector: Any = _Scores()
+    collector: Any = Collector()
     run_pass(model, batches, thresholds=thresholds, scores=collector, recorder=collector,
              execution="compacted")  # fmt: skip
-    ledger = Ledger.of(collector.records)
-    return Measured(
-        scores={key: np.concatenate(parts) for key, parts in collector.scores.items()},
-        keep=1.0 - ledger.skip_rate,
-        compute=ledger.compute,
-        pairs=ledger.pairs,
-    )
+    return collector.measured(state_of(model))
 
 
 def keep_all(state: GateSkipState) -> dict[BranchKey, float]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gateskip.config import BranchKey, RowBudgets
 from gateskip.errors import BudgetError, UnsupportedError
+from gateskip.skipping.policy import OFF
 from gateskip.skipping.quantile import BatchQuantile
 from gateskip.skipping.state import GateSkipState, Override, Thresholds, effective_budget
 
@@ -35,6 +36,7 @@ class Call:
         padding: rows added to a branch to round its row count up, keys and values apart.
         kv: K and V that attention layers wrote for the new tokens (``kv_source="previous"``).
         masks: mask rows of this call, made once by the execution, by what they were made from.
+        held: what moves the thresholds while the call runs, or None.
         single: batch 1, one new token, no padding: the batch-1 decoding path.
         layers: the decoder's. stacked: whether the first one has computed all of them.
     """
@@ -69,6 +71,7 @@ class Call:
         self.scores = over.scores
         self.objective = over.objective
         self.forced = next(over.forced) if over.forced is not None else None
+        self.held: Any = None
         self.masked = over.execution == "masked"
         if self.observer is not None:
             self.masked = True
@@ -131,6 +134,11 @@ class Call:
             self.scores.add(key, score_BT, self)
         if self.forced is not None:
             keep_BT = self.forced[key].to(self.device)
+        elif self.held is not None and self.new > 1:
+            free_BT = valid_BT = self.everyone()
+            if self.protected_BT is not None:
+                free_BT = valid_BT & ~self.protected_BT
+            keep_BT = self.held.scan(key, score_BT, free_BT) | (valid_BT & ~free_BT)
         else:
             assert self.thresholds is not None
             threshold = self.thresholds[key]
@@ -143,7 +151,7 @@ class Call:
                 threshold = threshold[:, None]
             keep_BT = score_BT >= threshold
             if self.protected_BT is not None:
-                keep_BT = keep_BT | self.protected_BT
+                keep_BT = keep_BT | (self.protected_BT & (threshold < OFF))
             if self.valid_BT is not None:
                 keep_BT = keep_BT & self.valid_BT
         self.keep[key] = keep_BT

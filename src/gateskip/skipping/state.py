@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from gateskip.config import BranchKey, Budget, GateConfig, RowBudgets, one_of
 from gateskip.costs import BranchCost, ModelShape, branch_cost
 from gateskip.errors import AttachError, BudgetError, ConfigError
 from gateskip.retrofit.attach import inner_model
+from gateskip.skipping.latency import LatencyRecord
 from gateskip.skipping.policy import ThresholdTable
 
 __all__ = ["GateSkipState", "Override", "current", "override", "state_of"]
@@ -39,6 +40,8 @@ class GateSkipState:
         self.sources: tuple[int | None, ...] = ()
         self.shape = shape
         self.policy: ThresholdTable | None = None
+        #: What machines measured with these thresholds, for ``latency=``.
+        self.latency: tuple[LatencyRecord, ...] = ()
         self.default_budget: Budget | None = None
         self.fitted = False
         self.compensated = False
@@ -69,40 +72,59 @@ class GateSkipState:
             raise BudgetError(
                 f"budget {budget} needs thresholds: call gateskip.calibrate(model, data) first."
             )
+        known = _Known(self.policy, self.branches, self.shape, self._paid(), self.latency)
         if isinstance(budget, RowBudgets):
-            return _row_thresholds(self.policy, budget, self.branches)
-        return _thresholds(self.policy, budget, self.branches)
+            return _row_thresholds(known, budget)
+        return _thresholds(known, budget)
+
+    def expected(self, budget: Budget) -> dict[BranchKey, float]:
+        """Share of valid tokens that each gated branch is to keep, by the table. BudgetError."""
+        if self.policy is None:
+            raise BudgetError(f"budget {budget} needs thresholds: call gateskip.calibrate first.")
+        shares = self.policy.expected(budget, self.costs(), self.latency)
+        return dict(zip(self.branches, shares, strict=True))
+
+    def _paid(self) -> GateConfig:
+        """The config with what a skip costs as the model is now."""
+        if self.compensated:
+            return self.config
+        return dataclasses.replace(self.config, compensation="none")
 
     def costs(self, *, alike: bool = False) -> dict[BranchKey, BranchCost]:
         """Cost of every branch, gated or not, as the model is now; ``alike`` as in branch_cost."""
-        config = self.config
-        if not self.compensated:
-            config = dataclasses.replace(config, compensation="none")
-        return {
-            (layer, kind): branch_cost(self.shape, config, (layer, kind), alike=alike)
-            for layer in range(self.shape.layers)
-            for kind in ("attention", "mlp")
-        }
+        return _costs(self.shape, self._paid(), alike)
+
+
+class _Known(NamedTuple):
+    """What thresholds depend on."""
+
+    policy: ThresholdTable
+    branches: tuple[BranchKey, ...]
+    shape: ModelShape
+    paid: GateConfig
+    records: tuple[LatencyRecord, ...]
+
+
+def _costs(shape: ModelShape, config: GateConfig, alike: bool) -> dict[BranchKey, BranchCost]:
+    return {
+        (layer, kind): branch_cost(shape, config, (layer, kind), alike=alike)
+        for layer in range(shape.layers)
+        for kind in ("attention", "mlp")
+    }
 
 
 @functools.lru_cache(maxsize=64)
-def _row_thresholds(
-    policy: ThresholdTable, budgets: RowBudgets, branches: tuple[BranchKey, ...]
-) -> Thresholds:
-    keeps_all = dict.fromkeys(branches, -math.inf)
-    rows = [
-        keeps_all if row.full else _thresholds(policy, row, branches) or keeps_all
-        for row in budgets.rows
-    ]
-    return {key: torch.tensor([row[key] for row in rows]) for key in branches}
+def _row_thresholds(known: _Known, budgets: RowBudgets) -> Thresholds:
+    keeps_all = dict.fromkeys(known.branches, -math.inf)
+    rows = [keeps_all if row.full else _thresholds(known, row) or keeps_all for row in budgets.rows]
+    return {key: torch.tensor([row[key] for row in rows]) for key in known.branches}
 
 
 @functools.lru_cache(maxsize=64)
-def _thresholds(
-    policy: ThresholdTable, budget: Budget, branches: tuple[BranchKey, ...]
-) -> dict[BranchKey, float] | None:
-    row = policy.resolve(budget)
-    return None if row is None else dict(zip(branches, row, strict=True))
+def _thresholds(known: _Known, budget: Budget) -> dict[BranchKey, float] | None:
+    costs = _costs(known.shape, known.paid, False)
+    row = known.policy.resolve(budget, costs, known.records)
+    return None if row is None else dict(zip(known.branches, row, strict=True))
 
 
 def state_of(model: nn.Module) -> GateSkipState:
@@ -129,6 +151,7 @@ class Override:
         forced: decisions to replay, one mapping per coming call.
         objective: receives every gate and its input (training), as ``branch(key, gate, u, call)``.
         generating: within ``generate``, whose ready-made masks are causality and padding.
+        controller: moves thresholds so that a budget is held (BudgetController).
     """
 
     budget: Budget | RowBudgets | None = None
@@ -140,6 +163,7 @@ class Override:
     forced: Iterator[Mapping[BranchKey, Tensor]] | None = None
     objective: Any = None
     generating: bool = False
+    controller: Any = None
 
 
 _OVERRIDES: contextvars.ContextVar[Mapping[GateSkipState, Override]] = contextvars.ContextVar(

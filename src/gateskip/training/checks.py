@@ -74,7 +74,7 @@ def check_thresholds(
         return
     if gated.policy is not None:
         for end in (config.budget_end, config.budget_attention, config.budget_mlp):
-            gated.resolve(None if end is None else Budget(**{config.budget_unit: end}))
+            gated.resolve(None if end is None else Budget.by(config.budget_unit, end))
     elif learned:
         raise ConfigError(
             "thresholds='learned' begin at calibrated ones; call gateskip.calibrate(model, data) "

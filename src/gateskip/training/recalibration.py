@@ -12,6 +12,9 @@ from gateskip.skipping.state import state_of
 
 __all__ = ["recalibrate"]
 
+#: Floors that differ by less are the same one, realised a little differently.
+CLOSE = 0.02
+
 
 def recalibrate(
     model: nn.Module, data: Any, tokenizer: Any = None, *, grid: tuple[float, ...], **options: Any
@@ -24,5 +27,7 @@ def recalibrate(
     policy = state_of(model).policy
     if policy is not None:
         options |= {"allocation": policy.allocation, "weigh_cost": policy.weigh_cost}
-        grid += tuple(keep for keep in policy.keep if keep < grid[-1])
+        floor = policy.floor("keep")
+        if floor < grid[-1] - CLOSE:
+            grid += (floor,)
     return calibrate(model, data, tokenizer, grid=grid, **options)

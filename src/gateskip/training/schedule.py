@@ -37,7 +37,7 @@ def budget_at(
         u = 1.0 - u if step % 2 else u
         value += u * (1.0 - value)
     value = min(1.0, max(value, 1e-9))  # rounding
-    return Budget(keep=value) if config.budget_unit == "keep" else Budget(compute=value)
+    return Budget.by(config.budget_unit, value)
 
 
 def penalty_at(config: GateSkipTrainingConfig, step: int, steps: int) -> float:

@@ -95,7 +95,7 @@ class OwnThresholds:
         self.model, self.config = model, config
         self.running: RunningThresholds | None = None
         if config.thresholds == "learned":
-            end = Budget(**{config.budget_unit: config.budget_end})
+            end = Budget.by(config.budget_unit, config.budget_end)
             add_learned(model, state.resolve(end) or {})
         if config.thresholds == "running":
             self.running = RunningThresholds(config.threshold_momentum, {})

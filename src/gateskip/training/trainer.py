@@ -148,14 +148,14 @@ class GateSkipMixin:
         if policy is None or self.gateskip_args.thresholds != "calibrated":
             return budget
         asked: float = getattr(budget, unit)
-        return Budget(**{unit: min(1.0, max(asked, policy.floor(unit)))})
+        return Budget.by(unit, min(1.0, max(asked, policy.floor(unit))))
 
     def evaluation_budget(self) -> Budget:
         """The lowest budget of the schedule: figures of different steps are of one budget."""
         if not self._skips or state_of(self._gated).policy is None:
             return Budget(compute=1.0)
         config = self.gateskip_args
-        return self._within(Budget(**{config.budget_unit: config.budget_end}))
+        return self._within(Budget.by(config.budget_unit, config.budget_end))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """As the Trainer's; grouping by length is seeded per epoch, so that resuming repeats it."""
@@ -234,7 +234,7 @@ class GateSkipMixin:
             found = found + sum(p.flatten()[:1].sum() * 0.0 for p in trained)
         if not math.isfinite(float(found.detach())):
             raise TrainingError(self._not_finite("the loss", float(found.detach())))
-        self._note("budget", budget.keep or budget.compute or 1.0)
+        self._note("budget", budget.value)
         self._counts += 1
         return (found, outputs) if return_outputs else found
 
