@@ -13,7 +13,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from models import VOCAB, tiny
+import gateskip
+from models import VOCAB, gated, random_ids, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,6 +52,20 @@ def test_the_python_of_the_page_on_families(monkeypatch: pytest.MonkeyPatch) -> 
     for name in FAMILIES.names():
         if name != "starcoder2":
             assert name in page, f"docs/families.md does not name {name}"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_python_of_the_page_on_calibration() -> None:
+    page = (ROOT / "docs" / "calibration.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    texts = [random_ids(1, 60, seed=n) for n in range(40)]
+    names: dict[str, object] = {
+        "gateskip": gateskip, "model": gated(init_std=0.5), "texts": texts, "tokenizer": None,
+        "ids": random_ids(2, 8),
+    }  # fmt: skip
+    for code in blocks:
+        exec(compile(code, "calibration.md", "exec"), names)
+    assert len(blocks) == 2
 
 
 def test_the_makefile_has_what_the_readme_names() -> None:

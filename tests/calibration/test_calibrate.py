@@ -158,6 +158,7 @@ def test_latency_budgets() -> None:
     with pytest.raises(gateskip.BudgetError, match="nothing was measured on this machine"):
         gateskip.set_budget(model, latency=0.9)
     state.latency = (record(machine="another"), record(keep=(1.0, 0.75, 0.25)))
+    state.latency += (record(weight_bytes=2, prefill=(0.1, 0.1, 0.1), keep=(1.0, 0.75, 0.25)),)
     # decode alone: 0.8, 0.7 (the dearer of the two below), 0.7
     assert state.resolve(Budget(latency=0.9, workload=(0, 10))) is None, "dense is slower"
     prefill = state.resolve(Budget(latency=0.9, workload=(10, 0)))

@@ -140,6 +140,9 @@ def test_what_it_cannot_hold_is_refused(model: Any) -> None:
     with gateskip.hold_budget(model):
         with pytest.raises(gateskip.UnsupportedError, match="begin the request"):
             model(ids[:, :1], cache=outside, use_cache=True)
+        model(ids[:, :4], use_cache=True)  # another request, whose cache nobody took
+        with pytest.raises(gateskip.UnsupportedError, match="begin the request"):
+            model(ids[:, :1], cache=outside, use_cache=True)
         with pytest.raises(gateskip.UnsupportedError, match="num_beams=1"):
             model.generate(ids, num_beams=2, max_new_tokens=2)
         with pytest.raises(gateskip.UnsupportedError, match="held to a budget"):

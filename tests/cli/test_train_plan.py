@@ -148,3 +148,25 @@ def test_generate_data(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     run("train", folder / "base", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "out",
         "--gates", folder / "gates", "--steps", 1, "--calibration-data", folder / "data.jsonl",
         "--distill", "0.5")  # fmt: skip
+
+
+def test_nothing_is_loaded_before_data_and_checkpoint_are_checked(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = begun(folder, tmp_path / "out")
+    run(*given, "--gates", folder / "gates", "--steps", 2, "--save-every", 1)
+    monkeypatch.setattr("gateskip.cli.train.load_base", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("gateskip.cli.train.load_gated", lambda *_: pytest.fail("loaded"))
+    rest = ("--resume", "--save-every", 1, "--steps", 2)
+    assert "learning_rate=" in fails(capsys, *given, *rest, "--learning-rate", 0.5)
+    assert "budget_end=" in fails(capsys, *given, *rest, "--budget", 0.9)
+    narrow = tmp_path / "narrow.jsonl"
+    row = {"prompt": "w1 " * 40, "completion": "w2"}
+    narrow.write_text(json.dumps(row) + "\n")
+    start = ("train", folder / "base", "--data", narrow, "--out", tmp_path / "new")
+    assert "no usable row" in fails(capsys, *start, "--max-length", 20)
+    narrow.write_text(json.dumps({"messages": [{"role": "user", "content": "w1"}]}) + "\n")
+    assert "chat template" in fails(capsys, *start)

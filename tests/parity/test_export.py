@@ -95,6 +95,14 @@ def test_what_has_no_place_is_named_or_left_out(tmp_path: Path) -> None:
     assert compensation_of(dense.model.layers[0].mlp) is None
 
 
+def test_layers_of_peft_are_merged_first(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(gated(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(gateskip.UnsupportedError, match="merge_and_unload"):
+        gateskip.export_static(wrapped, tmp_path / "a", remove=[(0, "mlp")], exact=False)
+
+
 def test_bad_input(tmp_path: Path) -> None:
     model = with_off(gated(), [])
     with pytest.raises(gateskip.BudgetError, match="always off"):

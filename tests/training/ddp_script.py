@@ -48,6 +48,10 @@ def main(folder: Path, batch: int) -> None:
         found = {name: p.detach() for name, p in model.named_parameters()}
         found["means"] = torch.tensor(run._means.to_json())  # type: ignore[union-attr]
         found["thresholds"] = torch.tensor([row[2] for row in run._own.running.to_json()])  # type: ignore[union-attr]
+        names = ("gate_penalty", "budget", "skip_rate", "skip_rate_attention", "skip_rate_mlp")
+        found["logs"] = torch.tensor([
+            [entry[name] for name in names] for entry in run.state.log_history if "loss" in entry
+        ])  # fmt: skip
         torch.save(found, folder / "found.pt")
         gateskip.save(run.finish(), folder / "gates")
 

@@ -186,3 +186,27 @@ def test_decisions_under_autocast_are_those_of_float32_scores(dtype: torch.dtype
         model(ids)
     torch.testing.assert_close(scores[first], exact, atol=1e-5, rtol=1e-5)
     assert trace.ledger.skip_rate > 0.2
+
+
+@pytest.mark.parametrize("kind", ["l2", "kl"])
+def test_a_loss_of_several_forwards_counts_them_all(kind: str) -> None:
+    """As preference losses that run chosen and rejected answers apart."""
+    model = gated()
+    state = state_of(model)
+    long, short = random_ids(2, 20), random_ids(3, 7, seed=1)
+    slopes = dict.fromkeys(state.branches, 0.5)
+
+    def taken(*batches: torch.Tensor) -> GateObjective:
+        objective = GateObjective(penalty=kind, slopes=slopes if kind == "kl" else None)
+        with override(state, objective=objective):
+            for ids in batches:
+                model(ids)
+        return objective
+
+    one, other, both = taken(long), taken(short), taken(long, short)
+    assert both.tokens == one.tokens + other.tokens == 61
+    whole = one.mean() * one.tokens + other.mean() * other.tokens
+    assert float(both.mean().detach()) == pytest.approx(float(whole.detach()) / 61)
+    if kind == "kl":
+        for key, value in both.values.items():
+            assert float(value) == pytest.approx(float(one.values[key] + other.values[key]))

@@ -101,7 +101,8 @@ def measure_latency(
         dense_prefill=dense_seconds[0],
         dense_decode=dense_seconds[1],
     )
-    others = tuple(old for old in state.latency if old.machine != record.machine)
+    mine = record.machine, record.weight_bytes
+    others = tuple(old for old in state.latency if (old.machine, old.weight_bytes) != mine)
     state.latency = (*others, record)
     return record
 

@@ -37,7 +37,7 @@ __all__ = ["SEARCHES", "Loss", "measure_loss", "passes_of", "search"]
 SEARCHES = ("lagrangian", "greedy")
 #: Shares of compute at which offsets are searched.
 ANCHORS = (0.85, 0.75, 0.5)
-ROUNDS = 2
+ROUNDS = 1
 #: Share of a branch's tokens by which its marginal loss is measured.
 STEP = 0.12
 #: A measured ratio counts at most so many times the median, and at least its inverse.
@@ -46,7 +46,7 @@ MOVES = (0.5, 0.25)
 CLOSE = 0.004
 #: Share of tokens below which a branch is tried without.
 IDLE = 0.03
-LEVELS = (0.8, 0.55, 0.3, 0.0)
+LEVELS = (0.75, 0.4, 0.0)
 
 Thresholds = dict[BranchKey, float]
 

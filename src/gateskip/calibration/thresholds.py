@@ -27,7 +27,7 @@ __all__ = ["calibrate"]
 
 GRID = (0.95, 0.9, 0.84, 0.77, 0.7, 0.6, 0.5, 0.4, 0.32, 0.25)
 MINIMUM_TOKENS = 1_000
-SEARCH_TOKENS = 4_096
+SEARCH_TOKENS = 3_072
 #: Skipped tokens of a branch that tell two neighbouring grid points apart.
 TOKENS_PER_STEP = 10
 #: Rows of the table from one measured grid point to the next.
@@ -58,7 +58,7 @@ def calibrate(
         model: a gated model. data: texts, rows or id tensors (see ``gateskip.data``).
         allocation: ``"global"``: one threshold for all branches on scores weighed against cost;
             ``"uniform"``: every branch keeps the same share; ``"searched"``: thresholds of branches
-            differ by what a search on the first 4,000 tokens finds (minutes).
+            differ by what a search on the first 3,000 tokens finds (minutes).
         weigh_cost: weigh scores against saved MACs. search: ``"lagrangian"`` or ``"greedy"``.
         max_tokens: tokens used; None uses all. max_length: tokens per text.
         grid: shares of token×branch pairs to calibrate at, descending.

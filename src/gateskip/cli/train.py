@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from gateskip.cli.hub import PushOption, check_repository, push
-from gateskip.cli.loading import DtypeOption, dtype_of, load_base, load_gated
+from gateskip.cli.loading import DtypeOption, dtype_of, load_base, load_gated, load_tokenizer
 from gateskip.cli.output import (
     STDOUT,
     JsonOption,
@@ -107,7 +107,8 @@ def train(
         typer.Option(help="Gate kind, low_rank by default; else as --gates."),
     ] = None,
     allocation: Annotated[
-        str, typer.Option(help="Of budgets over branches: global or uniform (the paper's).")
+        str,
+        typer.Option(help="Of budgets over branches: global, uniform (the paper's) or searched."),
     ] = "global",
     weigh_cost: Annotated[
         bool, typer.Option("--weigh-cost/--no-weigh-cost", help="Weigh scores against MACs.")
@@ -219,42 +220,7 @@ def train(
     from gateskip.training import recipe
     from gateskip.training.progress import TrainingProgress
 
-    if resume:
-        recipe.check_resume(out)
-    console = console_for(json)
     mixed = options.backbone == "full" and dtype == "auto"
-    chosen = "float32" if mixed else dtype
-    begun = str(out / recipe.START) if resume else gates
-    if begun is not None:
-        gated, tokenizer = load_gated(begun, model, chosen)
-        there = state_of(gated).config
-        if arm != "control" and (arm == "random") != (there.importance == "random"):
-            raise ConfigError(f"arm={arm!r}, but {begun} has importance={there.importance!r}.")
-        if arm == "random":
-            asked.pop("importance")  # held against the gates just now
-        for name, value in config.to_json().items():
-            if name in asked and there.to_json()[name] != value:
-                raise ConfigError(
-                    f"{name}={value!r}, but {begun} has gates with {there.to_json()[name]!r}."
-                )
-    else:
-        gated, tokenizer = load_base(model, chosen)
-    recipe.check_tokenizer(tokenizer, rows)
-    if begun is None:
-        gateskip.attach(gated, config)
-    if not resume and not dry_run:
-        recipe.clear(out)
-    if dry_run:
-        pass
-    elif begun is None:
-        recipe.start(
-            gated, rows, tokenizer, out, fit_first=fit, calibration_data=calibration_rows,
-            max_length=length, allocation=allocation, weigh_cost=weigh_cost,
-            progress=json != STDOUT,
-        )  # fmt: skip
-    elif not resume:
-        gateskip.save(gated, out / recipe.START)
-
     import torch
     from transformers import TrainingArguments
 
@@ -278,6 +244,46 @@ def train(
             "load_best_model_at_end": early_stopping > 0,
             "per_device_eval_batch_size": batch_size, "prediction_loss_only": True,
         }  # fmt: skip
+    arguments = None
+    if not dry_run:
+        arguments = TrainingArguments(str(out / recipe.CHECKPOINTS), **(fixed | chosen_by_user))
+    if resume:
+        recipe.check_resume(out, options, arguments)
+    tokenizer = load_tokenizer(model)
+    recipe.check_tokenizer(tokenizer, rows)
+    recipe.check_rows(rows, tokenizer, length)
+    console = console_for(json)
+    chosen = "float32" if mixed else dtype
+    begun = str(out / recipe.START) if resume else gates
+    if begun is not None:
+        gated, _ = load_gated(begun, model, chosen)
+        there = state_of(gated).config
+        if arm != "control" and (arm == "random") != (there.importance == "random"):
+            raise ConfigError(f"arm={arm!r}, but {begun} has importance={there.importance!r}.")
+        if arm == "random":
+            asked.pop("importance")  # held against the gates just now
+        for name, value in config.to_json().items():
+            if name in asked and there.to_json()[name] != value:
+                raise ConfigError(
+                    f"{name}={value!r}, but {begun} has gates with {there.to_json()[name]!r}."
+                )
+    else:
+        gated, _ = load_base(model, chosen)
+    if begun is None:
+        gateskip.attach(gated, config)
+    if not resume and not dry_run:
+        recipe.clear(out)
+    if dry_run:
+        pass
+    elif begun is None:
+        recipe.start(
+            gated, rows, tokenizer, out, fit_first=fit, calibration_data=calibration_rows,
+            max_length=length, allocation=allocation, weigh_cost=weigh_cost,
+            progress=json != STDOUT,
+        )  # fmt: skip
+    elif not resume:
+        gateskip.save(gated, out / recipe.START)
+
     if dry_run:
         with tempfile.TemporaryDirectory() as nowhere:
             asked_for = fixed | chosen_by_user | {"eval_strategy": "no", "report_to": []}
@@ -289,7 +295,6 @@ def train(
         print_plan(console, found)
         write_json(json, dataclasses.asdict(found))
         return
-    arguments = TrainingArguments(str(out / recipe.CHECKPOINTS), **(fixed | chosen_by_user))
     bar = TrainingProgress(console)
     callbacks: list[Any] = [bar]
     if early_stopping:

@@ -99,6 +99,8 @@ def export_static(
     state, inner = state_of(model), inner_model(model)
     check_output_folder(path, overwrite)
     removed = _removed(model, state, budget, remove)
+    if any(hasattr(module, "base_layer") for module in inner.modules()):
+        raise UnsupportedError("export needs PEFT's layers merged; call merge_and_unload() first.")
     if any(_packed(module) for module in inner.modules()) or live_factors(inner):
         raise UnsupportedError(
             "export needs plain weights; load the gates onto the unquantised model first."

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, St
 
 __all__ = ["Memory", "memory_of"]
 
-ROOM = 128  # keys that a cache can grow by before it is copied
+ROOM = 32  # keys that a cache can grow by before it is copied, and a sixteenth of its length
 ROOM_NAME = "_gateskip_room"
 
 
@@ -110,7 +110,7 @@ class _Growing(Memory):
                 for part, (k, v) in zip(held, memory.addresses.tolist(), strict=True)
             ):
                 return memory
-        more = ROOM + length // 8
+        more = ROOM + length // 16
         room = held[0].keys.new_empty(layers, 2, batch, heads, length + more, width)
         for i, part in enumerate(held):
             room[i, 0, :, :, :length] = part.keys

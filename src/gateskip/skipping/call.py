@@ -37,6 +37,7 @@ class Call:
         kv: K and V that attention layers wrote for the new tokens (``kv_source="previous"``).
         masks: mask rows of this call, made once by the execution, by what they were made from.
         held: what moves the thresholds while the call runs, or None.
+        learned: branches from which the objective has taken what this call says.
         single: batch 1, one new token, no padding: the batch-1 decoding path.
         layers: the decoder's. stacked: whether the first one has computed all of them.
     """
@@ -70,6 +71,7 @@ class Call:
         self.recorder = over.recorder
         self.scores = over.scores
         self.objective = over.objective
+        self.learned: set[BranchKey] = set()
         self.forced = next(over.forced) if over.forced is not None else None
         self.held: Any = None
         self.masked = over.execution == "masked"

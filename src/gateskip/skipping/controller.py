@@ -95,9 +95,10 @@ class BudgetController:
 
     def _request(self, call: Any, cache: Any) -> _Request:
         found = self._requests.get(cache) if cache is not None else None
-        if found is None and call.past and self._new is not None:
+        new = self._new
+        if found is None and new is not None and (new.length, new.batch) == (call.past, call.batch):
             # The first call made this cache itself.
-            found, self._new = self._new, None
+            found, self._new = new, None
             self._requests[cache] = found
         if call.past == 0:
             found = _Request(call.batch, 0, {}, {})

@@ -72,7 +72,7 @@ class GateSkipState:
             raise BudgetError(
                 f"budget {budget} needs thresholds: call gateskip.calibrate(model, data) first."
             )
-        known = _Known(self.policy, self.branches, self.shape, self._paid(), self.latency)
+        known = _Known(self.policy, self.branches, self.shape, self._paid(), self._timed())
         if isinstance(budget, RowBudgets):
             return _row_thresholds(known, budget)
         return _thresholds(known, budget)
@@ -81,8 +81,12 @@ class GateSkipState:
         """Share of valid tokens that each gated branch is to keep, by the table. BudgetError."""
         if self.policy is None:
             raise BudgetError(f"budget {budget} needs thresholds: call gateskip.calibrate first.")
-        shares = self.policy.expected(budget, self.costs(), self.latency)
+        shares = self.policy.expected(budget, self.costs(), self._timed())
         return dict(zip(self.branches, shares, strict=True))
+
+    def _timed(self) -> tuple[LatencyRecord, ...]:
+        """Records of weights of this size."""
+        return tuple(r for r in self.latency if r.weight_bytes == self.shape.weight_bytes)
 
     def _paid(self) -> GateConfig:
         """The config with what a skip costs as the model is now."""

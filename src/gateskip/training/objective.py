@@ -9,7 +9,8 @@ padding, here it does not).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from gateskip.gates import Gate, no_autocast
 from gateskip.skipping.call import Call
 from gateskip.training.penalty import BY_MEAN
 
-__all__ = ["GateObjective", "SkipMeter", "labelled"]
+__all__ = ["GateObjective", "SkipMeter", "labelled", "rates_of"]
 
 IGNORED = -100
 
@@ -38,7 +39,7 @@ class GateObjective:
         sums: float32 scalars with a graph, one per branch: Σ over valid tokens of the penalty.
         values: without a graph, Σ over valid tokens of the mean g, for penalties on means.
         spent: the same of the soft decision times the branch's share of all MACs.
-        tokens: valid tokens of the forward.
+        tokens: valid tokens of the forward; of all of them where a loss runs several.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class GateObjective:
             total = each_BT.sum()
             if self.penalty in BY_MEAN:
                 assert self.slopes is not None
-                self.values.setdefault(key, total.detach())
+                found.append((self.values, total.detach()))
                 total = total * self.slopes[key]
             found.append((self.sums, total))
         threshold = None if call.thresholds is None else call.thresholds.get(key)
@@ -77,12 +78,15 @@ class GateObjective:
             assert threshold is not None
             p_BT = self._soft(gate, u_BTH, threshold)
             found.append((self.spent, (p_BT * valid_BT).sum() * self.shares[key]))
+        if key in call.learned:
+            return  # gradient checkpointing runs this again, for its graph; it counts once
         for where, total in found:
-            if not total.requires_grad:
+            if where is not self.values and not total.requires_grad:
                 raise UnsupportedError("gates without gradients cannot learn; train_gates=True.")
-            # Under gradient checkpointing this runs again; the same operations, counted once.
-            where.setdefault(key, total)
-        self.tokens = int(valid_BT.sum())
+            where[key] = where[key] + total if key in where else total
+        if not call.learned:
+            self.tokens += int(valid_BT.sum())
+        call.learned.add(key)
 
     def decision(
         self,
@@ -152,15 +156,31 @@ class SkipMeter:
             self.kept.setdefault(key[1], []).append(keep_BT.sum())
             self.pairs[key[1]] = self.pairs.get(key[1], 0) + valid
 
+    def take(self) -> dict[str, tuple[int, int]]:
+        """(kept, pairs) by branch kind since the last time."""
+        kept = {kind: int(torch.stack(parts).sum()) for kind, parts in self.kept.items()}
+        found = {kind: (kept[kind], pairs) for kind, pairs in self.pairs.items()}
+        self.kept, self.pairs = {}, {}
+        return found
+
     def rates(self) -> dict[str, float]:
         """``skip_rate`` and one per branch kind; empties the meter."""
-        kept = {kind: int(torch.stack(parts).sum()) for kind, parts in self.kept.items()}
-        rates = {f"skip_rate_{kind}": 1.0 - kept[kind] / n for kind, n in self.pairs.items() if n}
-        total = sum(self.pairs.values())
-        if total:
-            rates = {"skip_rate": 1.0 - sum(kept.values()) / total} | rates
-        self.kept, self.pairs = {}, {}
-        return rates
+        return rates_of([self.take()])
+
+
+def rates_of(counts: Sequence[Mapping[str, tuple[int, int]]]) -> dict[str, float]:
+    """``skip_rate``, and one per branch kind, of what several processes counted."""
+    kept: Counter[str] = Counter()
+    pairs: Counter[str] = Counter()
+    for mine in counts:
+        for kind, (some, of) in mine.items():
+            kept[kind] += some
+            pairs[kind] += of
+    total = sum(pairs.values())
+    if not total:
+        return {}
+    each = {f"skip_rate_{kind}": 1.0 - kept[kind] / n for kind, n in pairs.items() if n}
+    return {"skip_rate": 1.0 - sum(kept.values()) / total} | each
 
 
 def labelled(labels_BT: Tensor) -> Tensor:

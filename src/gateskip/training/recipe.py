@@ -7,10 +7,12 @@ order (arXiv 2510.13876) trains fresh gates while the budget falls: ``fit_first=
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,19 @@ from transformers.trainer_callback import PrinterCallback
 from gateskip.calibration.thresholds import calibrate
 from gateskip.config import GateConfig
 from gateskip.data import encode
-from gateskip.errors import CheckpointError, ConfigError
+from gateskip.errors import CheckpointError, ConfigError, DataError
 from gateskip.execution.card import gate_rows, write_card
 from gateskip.execution.checkpoint import restore, save
 from gateskip.fitting.closed_form import fit
 from gateskip.skipping.state import state_of
-from gateskip.training.checkpoints import CHECKPOINTS, START, clear, last_checkpoint
+from gateskip.training.checkpoints import (
+    CHECKPOINTS,
+    START,
+    check_options,
+    clear,
+    last_checkpoint,
+    run_options,
+)
 from gateskip.training.config import GateSkipTrainingConfig
 from gateskip.training.dataset import make_dataset
 from gateskip.training.plan import Plan, add_compensation, plan
@@ -233,9 +242,23 @@ def check_tokenizer(tokenizer: Any, data: Any) -> None:
         )
 
 
-def check_resume(out: Path) -> None:
-    """Raise CheckpointError unless a training began in ``out``."""
+def check_rows(data: Sequence[Any], tokenizer: Any, max_length: int) -> None:
+    """Raise DataError unless some row has something to learn within ``max_length`` tokens."""
+    for row in data:
+        with contextlib.suppress(DataError):  # of this row alone: too short, or without an answer
+            make_dataset([row], tokenizer, max_length)
+            return
+    make_dataset(data, tokenizer, max_length)
+
+
+def check_resume(out: Path, options: GateSkipTrainingConfig, arguments: Any) -> None:
+    """Raise CheckpointError unless a training with these options began in ``out``."""
     if not (out / START / "gateskip_config.json").is_file():
         raise CheckpointError(
             f"out={str(out)!r} has no training to resume; leave --resume out to begin one."
         )
+    last = last_checkpoint(out / CHECKPOINTS)
+    if last is not None and arguments is not None:
+        wanted = run_options(options, arguments, None)
+        del wanted["data"]  # known when it is tokenised
+        check_options(last, wanted)

@@ -37,7 +37,7 @@ from gateskip.training.checks import check_combination, check_thresholds
 from gateskip.training.config import GateSkipTrainingConfig
 from gateskip.training.dataset import Collator, SeededLengths, TokenDataset
 from gateskip.training.head_loss import LogitHead, head_loss
-from gateskip.training.objective import GateObjective, SkipMeter, labelled
+from gateskip.training.objective import GateObjective, SkipMeter, labelled, rates_of
 from gateskip.training.penalty import BY_MEAN, GateMeans
 from gateskip.training.schedule import budget_at, penalty_at
 from gateskip.training.sharding import average_added
@@ -337,13 +337,17 @@ class GateSkipMixin:
         self._sums[name] = self._sums.get(name, 0.0) + number
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, with penalty, budget and realised skip rates since the last time."""
+        """As the Trainer's, with penalty, budget and realised skip rates since the last time, of
+        all processes."""
         if "loss" in logs and self._counts:
             accumulated = max(int(self.args.gradient_accumulation_steps), 1)
             steps = self._counts / accumulated
-            for name, value in self._sums.items():
-                logs[name] = value / (self._counts if name == "budget" else steps)
-            logs |= self._meter.rates()
+            mine = self._sums, self._meter.take()
+            everyone = gather_object([mine]) if self.args.world_size > 1 else [mine]
+            for name in self._sums:
+                mean = sum(sums[name] for sums, _ in everyone) / len(everyone)
+                logs[name] = mean / (self._counts if name == "budget" else steps)
+            logs |= rates_of([counts for _, counts in everyone])
             self._sums, self._counts = {}, 0
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
