@@ -18,7 +18,7 @@ def test_check_compares_files(folder: Path, tmp_path: Path) -> None:
     same.write_text((json.dumps({"text": "w1 " * 48}) + "\n") * 24)
     before = (folder / "gates" / "gateskip_config.json").read_bytes()
     options = ("calibrate", folder / "gates", "--check", "--data", folder / "data.jsonl")
-    rows = as_json(*options, "--data", same, "--keep", 0.8, "--compute", 0.9)
+    rows = as_json(*options, "--data", same, "--keep", 0.8, "--compute", 0.9)["rows"]
     assert [(row["data"], row["budget"]) for row in rows] == [
         (name, budget) for name in ("data", "repeats") for budget in ("keep=0.8", "compute=0.9")
     ]

@@ -20,7 +20,14 @@ from gateskip.cli.loading import (
     load_base,
     load_gated,
 )
-from gateskip.cli.output import STDOUT, JsonOption, check_json, console_for, write_json
+from gateskip.cli.output import (
+    STDOUT,
+    JsonOption,
+    check_json,
+    command_line,
+    console_for,
+    write_json,
+)
 from gateskip.cli.settings import configurable
 from gateskip.config import ALLOCATIONS, one_of
 from gateskip.errors import ConfigError, OutputError
@@ -213,6 +220,7 @@ def _check(
 
     texts: dict[str, Any] = {path.stem: read_texts(path) for path in data}
     from gateskip.calibration.check import check_calibration
+    from gateskip.evaluation.header import run_header
 
     model, tokenizer = load_gated(gates, base, dtype)
     rows = check_calibration(
@@ -226,20 +234,26 @@ def _check(
             f"Drift: {', '.join(missed)} keeps more or less than was asked. Calibrate on such text "
             "too, or hold the budget while it runs (gateskip.hold_budget)."
         )
-    write_json(json, [dataclasses.asdict(row) | {"kept": row.kept} for row in rows])
+    found = [dataclasses.asdict(row) | {"kept": row.kept} for row in rows]
+    options = {"gates": gates, "data": data, "max_tokens": max_tokens}
+    header = run_header(command_line("gateskip calibrate --check", options))
+    write_json(json, {"header": header, "rows": found})
 
 
 def _check_table(rows: Sequence[CheckRow]) -> Table:
+    from rich.box import SIMPLE
     from rich.table import Table
 
-    table = Table(title="Kept, beside what the thresholds promise", title_justify="left")
-    for column in ("text", "budget", "promised", "kept", "off by", "MACs", "branches off by", ""):
-        table.add_column(column, justify="left" if column in ("text", "budget", "") else "right")
+    title = "Kept, beside what the thresholds promise; branches: mean distance (largest), points"
+    table = Table(title=title, title_justify="left", box=SIMPLE)
+    for column in ("text", "budget", "promised", "kept", "off by", "MACs", "branches", ""):
+        left = column in ("text", "budget", "")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.data, row.budget, f"{row.expected:.1%}", f"{row.keep:.1%}",
             f"{100 * (row.keep - row.expected):+.1f}", f"{row.compute:.1%}",
-            f"{100 * row.branch_mean:.1f}, worst {100 * row.branch_worst:.1f}",
+            f"{100 * row.branch_mean:.1f} ({100 * row.branch_worst:.1f})",
             "" if row.kept else "drift",
         )  # fmt: skip
     return table

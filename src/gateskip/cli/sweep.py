@@ -130,16 +130,20 @@ def _write_csv(path: Path, table: Sequence[dict[str, Any]]) -> None:
 
 
 def _table(rows: Sequence[SweepRow], front: dict[str, list[SweepRow]]) -> Table:
+    from rich.box import SIMPLE
     from rich.table import Table
 
-    table = Table(title=f"Sweep over {rows[0].tokens:,} scored tokens", title_justify="left")
-    table.add_column("gates")
-    table.add_column("budget")
-    for column in ("MACs", "loss", "agreement", "prefill", "decode"):
-        table.add_column(column, justify="right")
-    table.add_column("front")
+    title = f"Sweep over {rows[0].tokens:,} scored tokens"
+    table = Table(title=title, title_justify="left", box=SIMPLE)
+    timed = rows[-1].prefill is not None
+    for column in ("gates", "budget"):
+        table.add_column(column, no_wrap=True)
+    for column in ("MACs", "loss", "agrees", *(("prefill", "decode") if timed else ())):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("front", no_wrap=True)
     for row in rows:
-        times = ["" if t is None else f"{t:.1%}" for t in (row.prefill, row.decode)]
+        costs = (row.prefill, row.decode) if timed else ()
+        times = ["" if t is None else f"{t:.1%}" for t in costs]
         marks = "".join(cost[0] for cost, found in front.items() if row in found)
         table.add_row(
             row.gates, row.budget, f"{row.compute:.1%}", f"{row.loss:.3f}",

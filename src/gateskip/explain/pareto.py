@@ -70,8 +70,8 @@ def _panel(
     if dense is not None:
         panel.axhline(dense.loss, color="#999999", linewidth=0.8, zorder=0)
         panel.annotate(
-            "dense", (1.0, dense.loss), xycoords=("axes fraction", "data"), xytext=(-2, 3),
-            textcoords="offset points", ha="right", fontsize=8, color="#666666",
+            "dense", (0.0, dense.loss), xycoords=("axes fraction", "data"), xytext=(4, 3),
+            textcoords="offset points", ha="left", fontsize=8, color="#666666",
         )  # fmt: skip
     for number, name in enumerate(names):
         colour, marker, line = STYLES[number % len(STYLES)]
@@ -85,9 +85,11 @@ def _panel(
                 label=name if row is own[0][0] else None,
             )  # fmt: skip
             if cost == "compute":
+                above = number % 2 == 0  # labels of two sets would cover each other
                 panel.annotate(
-                    row.budget.partition("=")[2], (x, y), xytext=(6, 4),
-                    textcoords="offset points", fontsize=7, color=colour,
+                    row.budget.partition("=")[2], (x, y), xytext=(6, 4) if above else (-6, -10),
+                    textcoords="offset points", ha="left" if above else "right", fontsize=7,
+                    color=colour,
                 )  # fmt: skip
     panel.set_xlabel(label)
     for side in ("top", "right"):
