@@ -17,6 +17,7 @@ from gateskip.fitting.closed_loop import Allocation, keep_all
 from gateskip.retrofit.attach import gate_of, gated_branches, layers_of
 from gateskip.skipping.policy import OFF
 from gateskip.skipping.state import state_of
+from gateskip.training.recalibration import recalibrate
 from models import gated, random_ids
 
 WRONG = (1, "mlp")
@@ -91,6 +92,13 @@ def test_the_table_is_nested_and_keeps_its_promise(
         assert all(b >= a for a, b in itertools.pairwise(column)), "I7"
     rows = gateskip.check_calibration(misled, {"same": text}, budgets=[gateskip.Budget(keep=0.8)])
     assert rows[0].kept
+    again = gateskip.calibrate(
+        misled, text, allocation="searched", searched_before=table, grid=(0.9, 0.8, 0.7, 0.6)
+    )
+    for keep in (0.9, 0.75, 0.6):
+        budget = gateskip.Budget(keep=keep)
+        pairs = zip(again.expected(budget), table.expected(budget), strict=True)
+        assert all(a == pytest.approx(b, abs=0.05) for a, b in pairs)
     off = dict(zip(state_of(misled).branches, table.thresholds[-1], strict=True))[WRONG] >= OFF
     assert off, "a branch that does nothing is off for good"
 
@@ -119,3 +127,15 @@ def test_hull_of_a_branch() -> None:
 def test_unknown_search() -> None:
     with pytest.raises(gateskip.ConfigError, match="Did you mean 'greedy'"):
         gateskip.calibrate(gated(), [], allocation="searched", search="gredy")
+
+
+def test_calibrating_again_while_training_does_not_search(
+    misled: Any, text: Any, monkeypatch: Any
+) -> None:
+    table = gateskip.calibrate(
+        misled, text, allocation="searched", search="greedy", grid=(0.9, 0.75)
+    )
+    monkeypatch.setattr("gateskip.calibration.thresholds.searched", lambda *_, **__: 1 / 0)
+    again = recalibrate(misled, text, grid=(0.9, 0.75))
+    assert again.allocation == "searched"
+    assert again.keep[-1] == pytest.approx(table.keep[-1], abs=0.02)

@@ -45,6 +45,7 @@ def calibrate(
     max_tokens: int | None = 12_000,
     max_length: int = 512,
     grid: tuple[float, ...] = GRID,
+    searched_before: ThresholdTable | None = None,
     progress: bool = False,
 ) -> ThresholdTable:
     """Find thresholds for every budget at once, with skipping on, and store them in the model.
@@ -62,6 +63,8 @@ def calibrate(
         weigh_cost: weigh scores against saved MACs. search: ``"lagrangian"`` or ``"greedy"``.
         max_tokens: tokens used; None uses all. max_length: tokens per text.
         grid: shares of token×branch pairs to calibrate at, descending.
+        searched_before: for ``"searched"``, how the branches of this table differ is kept, instead
+            of a search.
 
     Returns:
         The table, also kept in the model and saved with it.
@@ -84,7 +87,9 @@ def calibrate(
         )
     split = Allocation.of(state, allocation, weigh_cost, mean_keys)
     with Progress(disable=not progress, transient=True) as bar:
-        if allocation == "searched":
+        if allocation == "searched" and searched_before is not None:
+            split = _split_of(state, split, searched_before)
+        elif allocation == "searched":
             first = to_batches(take_tokens(samples, SEARCH_TOKENS))
             task = bar.add_task("Searching", total=passes_of(search, len(state.branches)))
             split = searched(
@@ -123,6 +128,13 @@ class _Row:
     compute: float
     thresholds: Thresholds
     shares: dict[BranchKey, float]
+
+
+def _split_of(state: GateSkipState, split: Allocation, table: ThresholdTable) -> Allocation:
+    """An allocation whose branches differ as those of a table."""
+    rows = [dict(zip(state.branches, row, strict=True)) for row in table.thresholds]
+    found = tuple(zip(table.keep, rows, strict=True))[1:]  # the first keeps everything
+    return dataclasses.replace(split, name="searched", found=found)
 
 
 def _measured(

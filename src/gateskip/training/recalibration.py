@@ -21,12 +21,16 @@ def recalibrate(
 ) -> ThresholdTable:
     """Calibrate with the allocation of the thresholds before, at least as far down as they reach.
 
+    A searched one keeps how branches differ; searching again takes minutes, and is up to the user.
+
     Args:
         grid: shares of pairs kept, descending. options: of :func:`gateskip.calibrate`.
     """
     policy = state_of(model).policy
     if policy is not None:
         options |= {"allocation": policy.allocation, "weigh_cost": policy.weigh_cost}
+        if policy.allocation == "searched":
+            options["searched_before"] = policy
         floor = policy.floor("keep")
         if floor < grid[-1] - CLOSE:
             grid += (floor,)
