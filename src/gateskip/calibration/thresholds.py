@@ -30,6 +30,8 @@ MINIMUM_TOKENS = 1_000
 SEARCH_TOKENS = 3_072
 #: Skipped tokens of a branch that tell two neighbouring grid points apart.
 TOKENS_PER_STEP = 10
+#: Share of tokens, beside the protected ones, below which a searched split switches a branch off.
+IDLE = 0.005
 #: Rows of the table from one measured grid point to the next.
 ROWS_PER_STEP = 4
 
@@ -150,11 +152,10 @@ def _measured(
         bound, seen = closed_loop(model, batches, split, keep, seen, at_least=bound, passes=passes)
         yield bound, seen
         if split.name == "searched":
-            # Whom nobody uses is off from the next point on, for protected tokens, too.
-            idle = [
-                key for key, share in seen.shares.items() if share * seen.valid <= seen.protected
-            ]
-            bound = bound | {key: OFF for key in idle if key in bound}
+            # What (nearly) nobody uses is off from the next point on, for protected tokens, too.
+            least = seen.protected / seen.valid + IDLE
+            idle = [key for key in bound if seen.shares[key] <= least]
+            bound = bound | dict.fromkeys(idle, OFF)
 
 
 def _rows(
