@@ -54,7 +54,7 @@ def latency(
     gateskip.save(model, out or gates)
     from rich.table import Table
 
-    table = Table(title=f"Time by budget: {record.machine}", title_justify="left")
+    table = Table(title="Share of the dense model's time", title_justify="left")
     for column in ("keep", "prefill", "decode", "both"):
         table.add_column(column, justify="right")
     for row in zip(
@@ -68,7 +68,6 @@ def latency(
     console = console_for(json)
     console.print(table)
     console.print(
-        f"As shares of the dense model's time; both: {record.prompt} + {record.new} tokens. "
-        f"Saved to {out or gates}."
+        f"{record.machine}; both: {record.prompt} + {record.new} tokens. Saved to {out or gates}."
     )
     write_json(json, dataclasses.asdict(record))
