@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from commands import as_json, fails, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import gateskip
+from gateskip.execution.api import dense
 from models import LAYERS
 
 
@@ -115,3 +118,32 @@ def test_export(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.num_hidden_layers == LAYERS - 1
     assert AutoTokenizer.from_pretrained(out)("w1 w2")["input_ids"]
+
+
+def test_accuracy_is_of_generated_answers(folder: Path) -> None:
+    model = gateskip.load(folder / "gates", base=folder / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    prompts = [f"w{n} w{n + 1} w{2 * n}" + " w3" * (n % 3) for n in range(40)]
+
+    def said(prompt: str) -> str:
+        """The model's last number, alone and without padding."""
+        inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+        out = model.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        new = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return ["", *re.findall(r"\d+", new)][-1]
+
+    with dense(model):
+        answers = [said(prompt) or "-1" for prompt in prompts]
+    rows = [
+        {"prompt": p, "completion": f"it is {a}"} for p, a in zip(prompts, answers, strict=True)
+    ]
+    rows[0]["completion"] = "it is 99999"
+    report = gateskip.control_risk(
+        model, rows, tokenizer, max_accuracy_drop=0.3, confidence=0.8, max_new_tokens=4
+    )
+    assert (report.criterion, report.texts) == ("accuracy_drop", 40)
+    first = report.rows[0]
+    with gateskip.budget(model, compute=float(first.budget.partition("=")[2])):
+        right = sum(said(p) == a for p, a in zip(prompts[1:], answers[1:], strict=True))
+    known = sum(answer != "-1" for answer in answers[1:])
+    assert first.risk == pytest.approx((known - right) / 40)
