@@ -95,6 +95,46 @@ def check(
     print("same:", name, f"skip rate {second.ledger.skip_rate:.2f}", flush=True)
 
 
+def check_rows(dtype: torch.dtype) -> None:
+    """The row kernels against torch operations."""
+    from gateskip.kernels import gpu_rows
+
+    def normal(*shape: int, seed: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+    def same(found: torch.Tensor, expected: torch.Tensor) -> None:
+        step = 2**-6 if dtype == torch.bfloat16 else 1e-5  # the interpreter cuts off, twice
+        torch.testing.assert_close(found.float(), expected.float(), atol=step, rtol=step)
+
+    n, hidden, some = 7, 50, torch.tensor([0, 2, 5])
+    h, w, gamma = normal(n, hidden, seed=0) * 5, normal(hidden, seed=1).float(), normal(50, seed=2)
+    score, inverse = gpu_rows.score_rows(h, w, 0.3, 1e-5)
+    expected = torch.rsqrt(h.float().square().mean(-1) + 1e-5)
+    torch.testing.assert_close(inverse, expected, atol=0, rtol=1e-5)
+    torch.testing.assert_close(score, h.float() @ w * expected + 0.3, atol=1e-4, rtol=1e-4)
+    u = gpu_rows.norm_rows(h, inverse, gamma, some, 5)
+    same(u[:3], (gamma * (h.float() * expected[:, None]).to(dtype))[some])
+    assert not u[3:].any()
+    o, z = normal(3, hidden, seed=3), normal(3, hidden, seed=4).float()
+    gates = {
+        "logits_MH": (z, z), "one": ((u[:3], w, 0.1), (u[:3].float() @ w + 0.1)[:, None]),
+        "scored": ((score, 0.5, 0.1), (score[some] * 0.5 + 0.1)[:, None]),
+    }  # fmt: skip
+    for name, (given, logits) in gates.items():
+        out = h.clone()
+        gpu_rows.join_rows(out, h, o, some, **{name: given})  # type: ignore[arg-type]
+        want = h.float()
+        want[some] += logits.sigmoid() * o.float()
+        same(out, want.to(dtype))
+    bias = normal(hidden, seed=5)
+    for c in (None, normal(3, hidden, seed=6)):
+        out, want = h.clone(), h.float()
+        gpu_rows.add_rows_(out, c, bias, some)
+        want[some] += bias.float() + (0 if c is None else c.float())
+        same(out, want.to(dtype))
+    print("same:", "rows", dtype, flush=True)
+
+
 def main() -> None:
     """All combinations, or with ``--all`` every pair of them."""
     kinds = (("low_rank", "low_rank"), ("scalar", "mean"), ("vector", "none"))
@@ -118,6 +158,8 @@ def main() -> None:
     check("left padding", model, 3, thresholds=middle, mask=mask)
     with gateskip.budget(with_table(model), keep=[0.3, 0.9]):
         check("row budgets", model, 2)
+    check_rows(torch.float32)
+    check_rows(torch.bfloat16)
     # Far from every score, so that rounding decides nothing.
     free = {key: 1e9 if key[0] % 2 else -1e9 for key in middle}
     model = gated("llama", compensation="low_rank", dtype=torch.bfloat16)

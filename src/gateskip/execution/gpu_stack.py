@@ -26,7 +26,7 @@ __all__ = ["run_on_gpu"]
 STEPS = 8  # graphs that a model keeps
 ROWS = 16  # tokens of a product on matrix units
 #: Weight rows of a program, columns at a time, and warps; for one row (True) and for several.
-TILE, BLOCK, WARPS = {True: 4, False: 16}, {True: 1024, False: 128}, {True: 4, False: 4}
+TILE, BLOCK, WARPS = {True: 4, False: 32}, {True: 1024, False: 256}, {True: 4, False: 4}
 PROGRAMS = 528  # that decide at a branch: four for each of a large GPU's processors
 KEYS, VALUES = object(), object()  # stand for a layer's cache
 LOCK = threading.Lock()  # a step's tensors belong to one token at a time

@@ -74,6 +74,7 @@ class Gate(nn.Module, ABC):
         self._decision_cache: tuple[Any, Tensor, float] | None = None
         self._alike_cache: tuple[Any, tuple[Tensor, float] | None] | None = None
         self._linear_cache: tuple[Any, bool] | None = None
+        self._affine_cache: tuple[Any, tuple[float, float]] | None = None
         #: Grows when anything derived from the weights may be out of date.
         self.generation = 0
 
@@ -179,7 +180,11 @@ class Gate(nn.Module, ABC):
         """(a, b) with mean logit = a·score + b; None where the score is not made of it."""
         if self.score_weight is not None:
             return None
-        return float(self.score_scale), float(self.score_shift)
+        parts = (self.score_scale, self.score_shift)
+        stamp = tuple((version(t), t.data_ptr()) for t in parts)
+        if self._affine_cache is None or self._affine_cache[0] != stamp:
+            self._affine_cache = (stamp, (float(parts[0]), float(parts[1])))  # asks the device
+        return self._affine_cache[1]
 
     def decision_vector(self) -> tuple[Tensor, float]:
         """Detached :meth:`decision_weights`, cached until a weight changes."""
@@ -198,7 +203,8 @@ class Gate(nn.Module, ABC):
         return super().train(mode)
 
     def _forget(self) -> None:
-        self._decision_cache = self._alike_cache = self._linear_cache = None
+        self._decision_cache = self._alike_cache = None
+        self._linear_cache = self._affine_cache = None
         vars(self).pop("_scaled", None)
         self.generation += 1
 

@@ -19,13 +19,23 @@ import os
 import struct
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gateskip.errors import ConfigError
 
-__all__ = ["available", "backend", "readable", "real", "scratch", "supported", "using"]
+__all__ = [
+    "available",
+    "backend",
+    "readable",
+    "real",
+    "row_kernels",
+    "scratch",
+    "supported",
+    "using",
+]
 
 BACKENDS = ("numba", "triton", "torch")
 
@@ -105,6 +115,19 @@ def readable(t: Tensor) -> bool:
     if t.device.type == "cuda":
         return _plain(t) and backend("cuda") == "triton"
     return supported(t) or (interpreted() and backend() == "triton" and _plain(t))
+
+
+def row_kernels(t: Tensor) -> Any:
+    """The module of the row kernels that may read ``t``, or None: torch operations."""
+    if supported(t):
+        from gateskip.kernels import rows
+
+        return rows
+    if readable(t):
+        from gateskip.kernels import gpu_rows
+
+        return gpu_rows
+    return None
 
 
 def real(value: float) -> int:

@@ -45,16 +45,20 @@ class Compensation(nn.Module):
         Rows of ``u_MH`` beyond the index are ignored.
         """
         like = (self.bias, out_NH, u_MH)
-        if not all(kernels.supported(t.detach()) and t.dtype == out_NH.dtype for t in like):
+        fused = kernels.row_kernels(out_NH)
+        known = (kernels.row_kernels(t.detach()) for t in like)
+        if fused is None or not all(k is fused for k in known) or _mixed(like):
             added = self(u_MH)[: index_M.shape[0]]
             return out_NH.index_add_(0, index_M, added.to(out_NH.dtype))  # autocast gives another
-        from gateskip.kernels.rows import add_rows_
-
         c_MH = None
         if self.down is not None and self.up is not None:
             c_MH = nn.functional.linear(nn.functional.linear(u_MH, self.down), self.up)
-        add_rows_(out_NH, c_MH, self.bias, index_M)
+        fused.add_rows_(out_NH, c_MH, self.bias.detach(), index_M)
         return out_NH
+
+
+def _mixed(tensors: tuple[Tensor, ...]) -> bool:
+    return any(t.dtype != tensors[0].dtype for t in tensors)
 
 
 def compensation_of(module: nn.Module) -> Compensation | None:

@@ -67,7 +67,7 @@ def join_at(
 
 
 def _fused(h: Tensor, o: Tensor, u: Tensor) -> bool:
-    return kernels.supported(h) and all(
+    return kernels.row_kernels(h) is not None and all(
         t.dtype == h.dtype and t.is_contiguous() and type(t) is Tensor for t in (o, u)
     )
 
@@ -76,8 +76,7 @@ def _join_fused(
     out_NH: Tensor, h_NH: Tensor, o_MH: Tensor, u_MH: Tensor, gate: Gate, index_M: Tensor | None,
     score_N: Tensor | None,
 ) -> None:  # fmt: skip
-    from gateskip.kernels.rows import join_rows
-
+    join_rows = kernels.row_kernels(h_NH).join_rows
     alike = gate.one_logit()
     affine = gate.score_affine()
     if alike is not None and score_N is not None and affine is not None:

@@ -133,12 +133,11 @@ def branch_score(
         w_H, b = gate.decision_weights()
         return _linear_score(h_BTH, norm.eps, norm.scaled(w_H), b), None
     vector_H, shift = scaled_vector(gate, norm)
-    if not kernels.supported(h_BTH):
+    rows = kernels.row_kernels(h_BTH)
+    if rows is None:
         return _linear_score(h_BTH, norm.eps, vector_H, shift), None
-    from gateskip.kernels.rows import score_rows
-
     flat = h_BTH.view(-1, h_BTH.shape[-1])
-    score_N, inverse_N = score_rows(flat, vector_H, shift, norm.eps)
+    score_N, inverse_N = rows.score_rows(flat, vector_H, shift, norm.eps)
     return score_N.view(h_BTH.shape[:-1]), inverse_N if norm.fused else None
 
 
@@ -168,12 +167,13 @@ def normed_at(
         inverse_N: 1 / rms(h) from :func:`branch_score`, saves reading the rows twice.
         rows: at least M; rows from M on are zero.
     """
-    if inverse_N is not None and norm.fused and kernels.supported(h_NH):
-        weight = cast(Any, norm.module).weight
-        if kernels.supported(weight.detach()) and weight.dtype == h_NH.dtype:
-            from gateskip.kernels.rows import norm_rows
-
-            return norm_rows(h_NH, inverse_N, weight, index_M, rows)
+    fused = kernels.row_kernels(h_NH) if inverse_N is not None and norm.fused else None
+    if fused is not None:
+        assert inverse_N is not None
+        weight = cast(Any, norm.module).weight.detach()
+        if kernels.row_kernels(weight) is fused and weight.dtype == h_NH.dtype:
+            u: Tensor = fused.norm_rows(h_NH, inverse_N, weight, index_M, rows)
+            return u
     u_MH = norm(h_NH if index_M is None else h_NH.index_select(0, index_M))
     more = rows - u_MH.shape[0]
     return nn.functional.pad(u_MH, (0, 0, 0, more)) if more else u_MH
