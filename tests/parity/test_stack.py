@@ -13,7 +13,7 @@ from gateskip import kernels
 from gateskip.execution import memory
 from gateskip.execution.api import dense
 from gateskip.skipping.state import override, state_of
-from models import fed, gated, medians, random_ids, tiny, with_table
+from models import fed, gated, medians, padded, random_ids, tiny, with_table
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="numba is not installed")
 
@@ -56,6 +56,25 @@ def test_the_cache_outgrows_its_room(monkeypatch: pytest.MonkeyPatch, stacked: l
         assert ours.keys.shape == theirs.keys.shape
         torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(ours.values, theirs.values, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pads", [False, True])
+def test_a_prefill_leaves_room_so_that_decoding_copies_no_cache(pads: bool) -> None:
+    model, ids = gated(compensation="low_rank"), random_ids(2, 12)
+    mask = padded(2, 12, "left")[1] if pads else torch.ones_like(ids)
+    for thresholds in (medians(model), None):
+        with override(state_of(model), thresholds=thresholds):
+            cache = model(ids[:, :10], attention_mask=mask[:, :10], use_cache=True).cache
+            places = [(part.keys.data_ptr(), part.values.data_ptr()) for part in cache.layers]
+            for i in (10, 11):
+                model(ids[:, i : i + 1], attention_mask=mask[:, : i + 1], cache=cache)
+            after = [(part.keys.data_ptr(), part.values.data_ptr()) for part in cache.layers]
+        assert after == places
+        assert cache.get_seq_length() == 12
+    with gateskip.execution(model, "masked"):  # which has no use for it
+        cache = model(ids, use_cache=True).cache
+    assert cache.layers[0].keys.is_contiguous()
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from gateskip.execution.grid import Grid, GridAttention
 from gateskip.execution.inputs import AttentionInputs, flat_positions, grid_of
 from gateskip.execution.rounding import repeated
 from gateskip.execution.selection import Selection, select
-from gateskip.execution.stack import takes_stack, token_stack
+from gateskip.execution.stack import leave_room_to_decode, takes_stack, token_stack
 from gateskip.execution.token import YES, token_layer
 from gateskip.execution.trained_attention import CausalAttention
 from gateskip.skipping.call import Call
@@ -60,6 +60,7 @@ def layer_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs:
         h = token_layer(layer, call, index, hidden_states, kwargs)
     if h is None:
         h = _layer(layer, call, index, hidden_states, kwargs)
+        leave_room_to_decode(layer, call, index, hidden_states, kwargs)
     if index == call.state.shape.layers - 1:
         if call.recorder is not None:
             call.recorder.record(call)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
-__all__ = ["Memory", "memory_of"]
+__all__ = ["Memory", "leave_room", "memory_of"]
 
 ROOM = 32  # keys that a cache can grow by before it is copied, and a sixteenth of its length
 ROOM_NAME = "_gateskip_room"
@@ -52,48 +52,80 @@ class Memory:
 
 @dataclasses.dataclass(slots=True)
 class _Room:
-    """A buffer of one cache. Keys that somebody may still look at are not written over.
+    """Buffers of one cache. Keys that somebody may still look at are not written over.
 
     Attributes:
-        owner: id of the cache; a copy of it, with the same tensors, gets a buffer of its own.
-        written: keys in it, those that were cropped since included.
+        buffers: ``[2, B, K, C, D]`` of each layer, its own: a layer's old one is free before
+            the next is copied, and no cache is there twice.
+        owner: id of the cache; a copy of it, with the same tensors, gets buffers of its own.
+        written: keys in them, those that were cropped since included.
     """
 
-    buffer: Tensor
+    buffers: list[Tensor]
     owner: int
     written: int
 
-    def serves(self, cache: Any, batch: int, length: int) -> bool:
+    def serves(self, cache: Any, layers: int, batch: int, length: int) -> bool:
         """Whether the cache's next key may be written here."""
-        shape = self.buffer.shape
         return (
-            self.owner == id(cache) and self.written == length
-            and shape[4] > length and shape[2] == batch
+            self.owner == id(cache) and self.written == length and len(self.buffers) == layers
+            and all(b.shape[1] == batch and b.shape[3] > length for b in self.buffers)
         )  # fmt: skip
 
 
+def leave_room(cache: Any, index: int, new: int) -> None:
+    """After a layer's first tokens: its keys and values as views of a buffer that can grow.
+
+    So decoding need not copy the whole cache at its first token. Does nothing for caches of other
+    kinds, or that held tokens before.
+
+    Args:
+        index: the layer, in ascending order. new: tokens of the call.
+    """
+    if not _growing(cache) or index >= len(cache.layers):
+        return
+    part = cache.layers[index]
+    if type(part) is not DynamicLayer or not part.is_initialized or part.keys.shape[2] != new:
+        return
+    room: _Room | None = vars(cache).get(ROOM_NAME)
+    if index == 0:
+        room = vars(cache)[ROOM_NAME] = _Room([], id(cache), new)
+    if room is None or room.owner != id(cache) or len(room.buffers) != index:
+        return
+    if part.keys.shape == part.values.shape:
+        room.buffers.append(_with_room(part, ROOM + new // 16))
+
+
+def _with_room(part: Any, more: int) -> Tensor:
+    """A buffer for ``more`` keys than there are, into which the layer's cache has moved."""
+    batch, heads, length, width = part.keys.shape
+    buffer: Tensor = part.keys.new_empty(2, batch, heads, length + more, width)
+    seen = buffer[:, :, :, :length]
+    seen[0] = part.keys
+    seen[1] = part.values
+    part.keys, part.values = seen.unbind()
+    return buffer
+
+
 class _Growing(Memory):
-    """A ``DynamicCache`` as views of a buffer ``[L, 2, B, K, C, D]``, one free place at least."""
+    """A ``DynamicCache`` as views of a buffer per layer, with one free place at least."""
 
     def __init__(self, held: list[Any], shared: _Room) -> None:
-        room = shared.buffer
         self.shared, self.held, self.length = shared, held, held[0].keys.shape[2]
-        self.room = room.shape[4]
-        size, first = room.element_size(), room.data_ptr()
-        ramp = np.arange(len(held), dtype=np.int64)[:, None] * (room.stride(0) * size)
-        self.addresses = first + ramp + np.array([0, room.stride(1) * size], dtype=np.int64)
-        self.strides = room.stride()[2:5]
+        first = shared.buffers[0]
+        self.room, self.strides = first.shape[3], first.stride()[1:4]
+        step = first.stride(0) * first.element_size()
+        starts = np.array([b.data_ptr() for b in shared.buffers], dtype=np.int64)
+        self.addresses = starts[:, None] + np.array([0, step], dtype=np.int64)
 
     @classmethod
     def of(
         cls, cache: Any, layers: int, shape: tuple[int, int, int], dtype: torch.dtype
     ) -> _Growing | None:
-        """Views of an old buffer, or of a new one with the cache's contents."""
+        """Views of old buffers, or of new ones with the cache's contents."""
+        if not _growing(cache) or not _uniform(cache.layers, layers, DynamicLayer):
+            return None
         held = cache.layers
-        if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
-            return None
-        if not _uniform(held, layers, DynamicLayer):
-            return None
         batch, heads, width = shape
         length = held[0].keys.shape[2]
         full = (batch, heads, length, width)
@@ -103,27 +135,26 @@ class _Growing(Memory):
         ):
             return None
         shared: _Room | None = vars(cache).get(ROOM_NAME)
-        if shared is not None and shared.serves(cache, batch, length):
+        if shared is not None and shared.serves(cache, layers, batch, length):
             memory = cls(held, shared)
             if all(
                 part.keys.data_ptr() == k and part.values.data_ptr() == v
                 for part, (k, v) in zip(held, memory.addresses.tolist(), strict=True)
             ):
                 return memory
-        more = ROOM + length // 16
-        room = held[0].keys.new_empty(layers, 2, batch, heads, length + more, width)
-        for i, part in enumerate(held):
-            room[i, 0, :, :, :length] = part.keys
-            room[i, 1, :, :, :length] = part.values
-            part.keys, part.values = room[i, :, :, :, :length].unbind()
-        shared = vars(cache)[ROOM_NAME] = _Room(room, id(cache), length)
+        shared = vars(cache)[ROOM_NAME] = _Room([], id(cache), length)  # the old buffers go
+        for part in held:
+            shared.buffers.append(_with_room(part, ROOM + length // 16))
         return cls(held, shared)
 
     def advance(self) -> None:
         self.shared.written = self.length + 1
-        seen = self.shared.buffer[:, :, :, :, : self.length + 1].unbind()
-        for part, both in zip(self.held, seen, strict=True):
-            part.keys, part.values = both.unbind()
+        for part, buffer in zip(self.held, self.shared.buffers, strict=True):
+            part.keys, part.values = buffer[:, :, :, : self.length + 1].unbind()
+
+
+def _growing(cache: Any) -> bool:
+    return type(cache) is DynamicCache and not getattr(cache, "offloading", False)
 
 
 class _Fixed(Memory):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from gateskip.config import BRANCH_KINDS
 from gateskip.execution.inputs import CACHE_NAMES
-from gateskip.execution.memory import Memory, memory_of
-from gateskip.execution.plan import Plans, all_plans
+from gateskip.execution.memory import Memory, leave_room, memory_of
+from gateskip.execution.plan import Plans, all_plans, layer_plans
 from gateskip.execution.token import additive, record, takes_tokens
 from gateskip.kernels import scratch
 from gateskip.retrofit.families import FamilySpec
@@ -27,7 +27,7 @@ from gateskip.retrofit.listeners import listened
 from gateskip.skipping.call import Call
 from gateskip.skipping.policy import OFF
 
-__all__ = ["takes_stack", "token_stack"]
+__all__ = ["leave_room_to_decode", "takes_stack", "token_stack"]
 
 ROWS = 32  # with more, products of matrices are faster than these kernels
 
@@ -60,6 +60,17 @@ def token_stack(layers: list[nn.Module], call: Call, h_B1H: Tensor, kwargs: Any)
 
         return run_on_gpu(table, call, h_B1H, kwargs, memory)
     return _run(table, call, h_B1H, kwargs, memory)
+
+
+def leave_room_to_decode(layer: nn.Module, call: Call, index: int, h: Tensor, kwargs: Any) -> None:
+    """After a layer of a prefill: let its cache grow, where decoding will use these kernels."""
+    if call.new == 1 or call.batch > ROWS or call.masked or torch.is_grad_enabled():
+        return
+    cache = next((kwargs[n] for n in CACHE_NAMES if kwargs.get(n) is not None), None)
+    if cache is None or not takes_tokens(call, layer, h[:, :1].contiguous()):
+        return
+    if _one_mask(layer, call.state.family) and layer_plans(layer, call.state.family) is not None:
+        leave_room(cache, index, call.new)
 
 
 def _one_mask(layer: nn.Module, family: FamilySpec) -> bool:
