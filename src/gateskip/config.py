@@ -23,7 +23,7 @@ KV_SOURCES: Final = ("project", "previous")
 GATE_INPUTS: Final = ("normalised", "raw")
 PLACEMENTS: Final = ("after", "before")
 DECISIONS: Final = ("branch", "layer")
-IMPORTANCES: Final = ("mean_logit", "mean_gate", "head", "random")
+IMPORTANCES: Final = ("mean_logit", "mean_gate", "head", "random", "rule")
 #: Scores that are one dot product with the branch's input.
 LINEAR_IMPORTANCES: Final = ("mean_logit", "head")
 COMPENSATIONS: Final = ("none", "mean", "low_rank")
@@ -47,7 +47,7 @@ class GateConfig:
 
     Attributes:
         kind: gate kind, a name in the gate registry (``"low_rank"``, ``"vector"``, ``"scalar"``,
-            ``"grouped"``, ``"mlp"``, ``"shared"``).
+            ``"grouped"``, ``"mlp"``, ``"shared"``; ``"unit"`` is no gate).
         rank: inner width of ``low_rank`` and ``mlp`` gates.
         groups: values of a ``grouped`` gate; None takes as many as the model has attention heads.
         branches: which branch kinds get gates.
@@ -62,8 +62,9 @@ class GateConfig:
         protected_first: so many tokens at the beginning of each sequence are never skipped.
         protected_ids: token ids that are never skipped.
         importance: what a token's score is made of: the gate's mean logit, the paper's mean
-            gate value, a linear map of its own beside the gate (``"head"``), or nothing at all
-            (``"random"``, the null that a policy has to beat).
+            gate value, a linear map of its own beside the gate (``"head"``), nothing at all
+            (``"random"``, the null that a policy has to beat), or a method of
+            ``gateskip.methods`` (``"rule"``).
         kv_source: where a skipped token's keys and values come from.
         compensation: what a skipped branch adds instead of its output.
         compensation_rank: rank of ``low_rank`` compensation.
@@ -83,7 +84,7 @@ class GateConfig:
     decision: Literal["branch", "layer"] = "branch"
     protected_first: int = 1
     protected_ids: tuple[int, ...] = ()
-    importance: Literal["mean_logit", "mean_gate", "head", "random"] = "mean_logit"
+    importance: Literal["mean_logit", "mean_gate", "head", "random", "rule"] = "mean_logit"
     kv_source: Literal["project", "previous"] = "project"
     compensation: Literal["none", "mean", "low_rank"] = "low_rank"
     compensation_rank: int = 32

@@ -103,6 +103,7 @@ class BranchCost:
     """MACs per token, and weights read per call, of one branch.
 
     Attributes:
+        gated: whether tokens can skip it.
         computed: projections of a kept token (attention scores apart).
         per_key: MACs per visible key of a kept token.
         kept_gate: gate value of a kept token.
@@ -115,6 +116,7 @@ class BranchCost:
         skipped_weights: float32 numbers read for the compensation.
     """
 
+    gated: bool
     computed: int
     per_key: int
     kept_gate: int
@@ -136,6 +138,7 @@ def gate_macs(kind: str, hidden: int, rank: int, groups: int = 1) -> int:
         "mlp": 2 * hidden * max(rank, 2),
         "grouped": hidden * groups,
         "scalar": hidden,
+        "unit": 0,
     }
     if kind not in by_kind:
         raise ConfigError(f"kind={kind!r}: no cost is known for this gate kind.")
@@ -144,7 +147,7 @@ def gate_macs(kind: str, hidden: int, rank: int, groups: int = 1) -> int:
 
 def gate_parameters(kind: str, hidden: int, rank: int, groups: int = 1) -> int:
     """Parameters of one gate, bias included."""
-    biases = {"scalar": 1, "grouped": groups}.get(kind, hidden)
+    biases = {"scalar": 1, "grouped": groups, "unit": 0}.get(kind, hidden)
     return gate_macs(kind, hidden, rank, groups) + biases
 
 
@@ -165,12 +168,13 @@ def branch_cost(
     attention = key[1] == "attention"
     gated = config.gates(key)
     computed = shape.macs_q_o + shape.macs_kv if attention else shape.macs_mlp_of(key[0])
-    kind = "scalar" if alike else config.kind
+    kind = "scalar" if alike and config.kind != "unit" else config.kind
     groups = config.groups or shape.heads
     gate = gate_macs(kind, shape.hidden, config.rank, groups) if gated else 0
     # The paper's importance needs the whole gate for every token; the mean logit one dot product,
     # or the first layer of a gate that is not linear.
-    decision = {"mean_gate": gate, "random": 0}.get(config.importance, shape.hidden) if gated else 0
+    asked = {"mean_gate": gate, "random": 0, "rule": 0}.get(config.importance, shape.hidden)
+    decision = asked if gated else 0
     if kind == "mlp" and config.importance == "mean_logit":
         decision = gate // 2 + max(config.rank, 2) if gated else 0
     if config.decision == "layer" and not attention:
@@ -179,6 +183,7 @@ def branch_cost(
     kv = shape.macs_skipped_kv if attention and config.kv_source == "project" else 0
     before = gate if kv and config.placement == "before" else 0  # keys and values are of g ⊙ u
     return BranchCost(
+        gated=gated,
         computed=computed,
         per_key=shape.macs_per_key if attention else 0,
         kept_gate=gate,
@@ -186,7 +191,7 @@ def branch_cost(
         skipped=(kv + comp + before) if gated else 0,
         weights=computed,
         weights_kv=kv if gated else 0,
-        gate_weights=gate + (shape.hidden if gated else 0),
+        gate_weights=gate + (shape.hidden if gated and kind != "unit" else 0),
         decision_weights=decision,
         skipped_weights=comp if gated else 0,
     )
@@ -219,5 +224,5 @@ def break_even_skip_rate(shape: ModelShape, config: GateConfig, keys: float) -> 
     kinds = ("attention", "mlp")
     costs = [branch_cost(shape, config, (i, kind)) for i in range(shape.layers) for kind in kinds]
     added = sum(c.kept_gate + c.decision for c in costs)
-    saved = sum(saved_macs(c, keys) for c in costs if c.kept_gate)
+    saved = sum(saved_macs(c, keys) for c in costs if c.gated)
     return added / saved if saved > 0 else float("inf")

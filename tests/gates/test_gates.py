@@ -11,11 +11,12 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from gateskip.config import GateConfig
+from gateskip.errors import ConfigError
 from gateskip.gates import GATES, Gate
 from gateskip.skipping.score import Norm, branch_score, single_score
 
 HIDDEN = 48
-KINDS = GATES.names()
+KINDS = [kind for kind in GATES.names() if kind != "unit"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_linear_kind = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mlp"])
 
@@ -36,6 +37,15 @@ def norm() -> LlamaRMSNorm:
 
 def test_kinds() -> None:
     assert KINDS == ["grouped", "low_rank", "mlp", "scalar", "shared", "vector"]
+
+
+def test_the_unit_gate_is_one() -> None:
+    gate, u = built("unit"), torch.randn(2, 5, HIDDEN) * 100
+    assert torch.equal(gate(u), torch.ones(2, 5, 1))
+    assert list(gate.parameters()) == []
+    assert gate.factors() is not None
+    with pytest.raises(ConfigError, match="nothing to fit"):
+        gate.set_direction(torch.ones(HIDDEN), 0.0)
 
 
 @every_kind

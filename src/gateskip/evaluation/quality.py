@@ -35,8 +35,8 @@ class QualityRow:
 
     Attributes:
         model: the base model's name. arm: ``"dense"``, ``"gateskip"``, ``"control"`` (the trained
-            backbone without gates) or ``"random"``. data: what the text is called. seed: of the
-            training, or None. keep, compute: the budget asked for, or None.
+            backbone without gates), ``"random"`` or another method. data: what the text is called.
+            seed: of the training, or None. keep, compute: the budget asked for, or None.
         skip_rate: realised share of token×branch pairs skipped.
         macs_saved: realised share of decoder MACs saved, net of everything.
         loss: mean negative log-likelihood per scored token, nats. perplexity: exp(loss).
@@ -82,7 +82,8 @@ def evaluate(
         reference: the dense model, where training changed ``model``'s backbone; else ``model``
             itself without gates.
         arm: ``"control"`` for the trained backbone without gates and skipping, instead of budgets;
-            None says ``"gateskip"`` or ``"random"``, as the model is. name, seed: for the rows.
+            None says ``"gateskip"``, ``"random"`` or another method, as the model is.
+        name, seed: for the rows.
 
     Raises:
         BudgetError: a budget that the model cannot take, before any work. DataError: bad data.
@@ -126,13 +127,12 @@ class Evaluation:
         seed: int | None = None,
     ) -> None:
         state = state_of(model)
-        self.arm = arm or ("random" if state.config.importance == "random" else "gateskip")
-        one_of("arm", self.arm, ARMS)
-        if self.arm != "control" and (self.arm == "random") != (
-            state.config.importance == "random"
-        ):
+        self.arm = arm or state.method
+        one_of("arm", self.arm, tuple(dict.fromkeys((*ARMS, state.method))))
+        if self.arm not in ("control", state.method):
             raise ConfigError(
-                f"arm={self.arm!r}, but the model has importance={state.config.importance!r}."
+                f"arm={self.arm!r}, but the model skips by {state.method!r} "
+                f"(importance={state.config.importance!r})."
             )
         if reference is None and (state.tuned or state.backbone_trained):
             raise ConfigError(

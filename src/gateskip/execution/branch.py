@@ -17,6 +17,7 @@ from gateskip.skipping.call import Call
 from gateskip.skipping.compensation import compensation_of
 from gateskip.skipping.join import join, join_at, scale
 from gateskip.skipping.policy import OFF
+from gateskip.skipping.rule import rule_of
 from gateskip.skipping.score import (
     RAW,
     Norm,
@@ -149,6 +150,9 @@ class Branch:
         # A hard decision has no gradient; without a graph, recomputation can replay it as it is.
         if importance == "random":
             return call.decide(self.key, random_score(call.visible_keys(), self.key, call.seed))
+        if importance == "rule":
+            with torch.no_grad():
+                return call.decide(self.key, rule_of(call.state).score(self.key, h_BTH, call))
         with torch.no_grad():
             score_BT, self.inverse = branch_score(h_BTH, self.read, self.gate, importance)
         if self.inverse is not None and not self.norm.hooked:

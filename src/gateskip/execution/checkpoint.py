@@ -31,9 +31,13 @@ from gateskip.retrofit.lora import (
 from gateskip.skipping.compensation import Compensation, compensation_of, set_compensation
 from gateskip.skipping.latency import LatencyRecord
 from gateskip.skipping.policy import ThresholdTable
+from gateskip.skipping.rule import RULES
 from gateskip.skipping.state import GateSkipState, state_of
 
 __all__ = ["load", "save"]
+
+
+RULE = "rule."  # before the names of a rule's tensors
 
 
 def save(
@@ -62,6 +66,8 @@ def save(
 
     state, model = state_of(model), inner_model(model)
     tensors: dict[str, Tensor] = {}
+    if state.rule is not None:
+        tensors |= {RULE + name: t.detach().cpu() for name, t in state.rule.tensors().items()}
     seen: set[nn.Module] = set()  # a gate of all layers is written once
     for (layer, kind), module in gated_branches(model, state.family).items():
         for part in ("skip_gate", "skip_compensation"):
@@ -87,6 +93,8 @@ def save(
         "base": state.base,
         "gates_sha256": _hash(tensors),
         "fitted": state.fitted,
+        "method": state.method,
+        "rule": None if state.rule is None else state.rule.name,
         "backbone_trained": state.backbone_trained,
         "policy": None if state.policy is None else state.policy.to_json(),
         "latency": [dataclasses.asdict(record) for record in state.latency],
@@ -276,6 +284,13 @@ def fill(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], w
             "gateskip_model.safetensors; copy both files of one save."
         )
     left = dict(tensors)
+    if config.get("rule"):
+        rule = RULES.get(config["rule"])
+        named = {n.removeprefix(RULE): left.pop(n) for n in tensors if n.startswith(RULE)}
+        try:
+            state.rule = rule.of_tensors(named)
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{where}: rule {rule.name!r} is damaged ({error}).") from error
     filled: set[nn.Module] = set()
     for (layer, kind), module in gated_branches(model, state.family).items():
         prefix = f"{layer}.{kind}."
@@ -293,6 +308,7 @@ def fill(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], w
     if left:
         raise CheckpointError(f"{where}: unknown tensor {next(iter(left))!r}; upgrade gateskip.")
     state.fitted = bool(config.get("fitted"))
+    state.method = str(config.get("method", state.method))
     if config.get("policy") is not None:
         state.policy = ThresholdTable.from_json(config["policy"])
         _check_thresholds(state, where)

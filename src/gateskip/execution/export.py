@@ -163,7 +163,7 @@ def constant_value(gate: Gate) -> Tensor | None:
     generator = torch.Generator().manual_seed(0)
     u = PROBE_SCALE * torch.randn(PROBES, width, generator=generator)
     with torch.no_grad():
-        values = torch.sigmoid(gate.logits(u.to(next(gate.parameters()).device))).cpu()
+        values = torch.sigmoid(gate.logits(u.to(gate.score_scale.device))).cpu()
     return values[0] if bool((values == values[0]).all()) else None
 
 

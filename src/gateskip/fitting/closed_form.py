@@ -20,7 +20,7 @@ from torch import nn
 
 from gateskip.config import BranchKey, GateConfig
 from gateskip.data import Batch, count_tokens, encode, take_tokens, to_batches
-from gateskip.errors import DataError
+from gateskip.errors import ConfigError, DataError
 from gateskip.fitting.closed_loop import Allocation, closed_loop, keep_all, measure
 from gateskip.fitting.observers import (
     CompensationMoments,
@@ -81,6 +81,8 @@ def fit(
         DataError: fewer than 1,000 tokens.
     """
     state = state_of(model)
+    if state.config.kind == "unit":
+        raise ConfigError("kind='unit' has nothing to fit; attach with another kind of gate.")
     started = time.perf_counter()
     samples = take_tokens(encode(data, tokenizer, max_length), max_tokens)
     tokens = count_tokens(samples)

@@ -15,6 +15,7 @@ _BUILT_IN = {
     "mlp": "MlpGate",
     "scalar": "ScalarGate",
     "shared": "SharedGate",
+    "unit": "UnitGate",
     "vector": "VectorGate",
 }
 for _kind, _attribute in _BUILT_IN.items():

@@ -34,6 +34,7 @@ class Call:
         keep: decisions, ``(layer, kind)`` to bool ``[B, T]``.
         computed: rows that really entered a branch's projections, per batch row, ``[B]``.
         padding: rows added to a branch to round its row count up, keys and values apart.
+        ids_BT: token ids of the new tokens; None where the model was given embeddings.
         kv: K and V that attention layers wrote for the new tokens (``kv_source="previous"``).
         masks: mask rows of this call, made once by the execution, by what they were made from.
         held: what moves the thresholds while the call runs, or None.
@@ -85,6 +86,7 @@ class Call:
         self.layers: list[nn.Module] = []
         self.stacked = False
         self._valid_N: Tensor | None = None
+        self.ids_BT = input_ids
         self.mask_2d = _two_dimensional(attention_mask, batch, past + new, over.generating)
         self.valid_BT, self.protected_BT = self._tokens(position_ids, input_ids)
         one = batch == 1 and new == 1 and self.valid_BT is None
@@ -113,7 +115,7 @@ class Call:
     def move(self, device: torch.device) -> None:
         """Follow the stream to the device of the next layers."""
         self.device = device
-        for name in ("valid_BT", "protected_BT", "mask_2d", "_valid_N"):
+        for name in ("valid_BT", "protected_BT", "mask_2d", "_valid_N", "ids_BT"):
             t = getattr(self, name)
             setattr(self, name, None if t is None else t.to(device))
         if self.thresholds is not None:

@@ -105,7 +105,7 @@ class ThresholdTable:
         if share in (0.0, 1.0):
             return low if share else high
         return tuple(
-            a + share * (b - a) if math.isfinite(a) and a != b else a  # infinities have no between
+            a + share * (b - a) if math.isfinite(a) and a != b else _next(a, b)
             for a, b in zip(high, low, strict=True)
         )
 
@@ -145,7 +145,7 @@ class ThresholdTable:
             return self.compute
         self._need_shares(str(budget))
         assert costs is not None
-        gated = [key for key, cost in costs.items() if cost.kept_gate]
+        gated = [key for key, cost in costs.items() if cost.gated]
         by_branch = [dict(zip(gated, row, strict=True)) for row in self.shares]
         keys = (sum(budget.workload) + 1) / 2
         # What was realised, corrected by what the formula says of other lengths.
@@ -202,6 +202,12 @@ class ThresholdTable:
             )
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"thresholds are damaged ({error}); calibrate again.") from error
+
+
+def _next(a: float, b: float) -> float:
+    """Between two thresholds that have no between: what was never skipped and then is off is off
+    at once, so that the budget is not exceeded."""
+    return b if a == -math.inf and b >= OFF else a
 
 
 def _interpolate(points: Sequence[tuple[float, float]], x: float) -> float:

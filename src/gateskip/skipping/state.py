@@ -22,6 +22,7 @@ from gateskip.errors import AttachError, BudgetError, ConfigError
 from gateskip.retrofit.attach import inner_model
 from gateskip.skipping.latency import LatencyRecord
 from gateskip.skipping.policy import ThresholdTable
+from gateskip.skipping.rule import Rule
 
 __all__ = ["GateSkipState", "Override", "current", "override", "state_of"]
 
@@ -40,6 +41,10 @@ class GateSkipState:
         self.sources: tuple[int | None, ...] = ()
         self.shape = shape
         self.policy: ThresholdTable | None = None
+        #: What ranks tokens where gates do not (``importance="rule"``).
+        self.rule: Rule | None = None
+        #: Name of the method that set them up, for results.
+        self.method = "random" if config.importance == "random" else "gateskip"
         #: What machines measured with these thresholds, for ``latency=``.
         self.latency: tuple[LatencyRecord, ...] = ()
         self.default_budget: Budget | None = None

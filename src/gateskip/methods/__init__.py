@@ -1,0 +1,48 @@
+"""Other methods on the contract of the gates: one file each, naming its paper.
+
+A method turns a plain or a gated model into one that skips by its rule, with thresholds for every
+budget: ``gateskip.budget``, ``generate``, ``trace`` and the evaluation work as with gates.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from gateskip.methods.base import Method
+from gateskip.registry import Registry
+from gateskip.skipping.state import state_of
+
+__all__ = ["METHODS", "Method", "apply"]
+
+METHODS: Registry[type[Method]] = Registry("method", "gateskip.methods")
+_BUILT_IN = {
+    "every_second": "static:EverySecond",
+    "gate_norm": "gate_norm:GateNorm",
+    "llm_drop": "llm_drop:LLMDrop",
+    "position": "position:Position",
+    "random": "random:Random",
+    "shortgpt": "shortgpt:ShortGPT",
+    "token_identity": "token_identity:TokenIdentity",
+}
+for _name, _target in _BUILT_IN.items():
+    METHODS.register(_name, f"gateskip.methods.{_target}")
+
+
+def apply(
+    name: str, model: nn.Module, data: Any, tokenizer: Any = None, **options: Any
+) -> nn.Module:
+    """Make a model skip by a method; the same object.
+
+    Args:
+        name: registered name, such as ``"shortgpt"``. model: a plain or gated causal LM.
+        data: texts, rows or id tensors (see ``gateskip.data``); at least 1,000 tokens.
+        options: fields of the method, such as ``seed=3`` of ``"random"``.
+
+    Raises:
+        ConfigError: an unknown name or option, or a model that a method cannot take.
+        DataError: too little text.
+    """
+    method = METHODS.get(name).of(name, options)
+    model = method.apply(model, data, tokenizer)
+    state_of(model).method = name
+    return model

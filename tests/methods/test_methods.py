@@ -1,0 +1,414 @@
+"""What every method must satisfy, and what each one promises by itself."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import gateskip
+from gateskip import methods
+from gateskip.errors import BudgetError, ConfigError, DataError, UnsupportedError
+from gateskip.methods.gate_norm import coupling
+from gateskip.retrofit.attach import layers_of
+from gateskip.skipping.policy import OFF
+from gateskip.skipping.rule import rule_of
+from gateskip.skipping.state import override, state_of
+from models import FAMILIES, fed, padded, random_ids, tiny
+
+NAMES = methods.METHODS.names()
+STATIC = ("every_second", "gate_norm", "llm_drop", "shortgpt")
+PLAIN = (*STATIC, "random")
+every = pytest.mark.parametrize("name", NAMES)
+
+
+def applied(name: str, family: str = "llama", model: Any = None, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        model = tiny(family) if model is None else model
+        return methods.apply(name, model, list(random_ids(20, 64)), **options)
+
+
+@functools.cache
+def known(name: str) -> Any:
+    """One model of each method, which tests leave as it is."""
+    return applied(name)
+
+
+def low(model: Any) -> float:
+    """A budget that skips about a third."""
+    table = state_of(model).policy
+    assert table is not None
+    return max(0.65, table.floor("compute"))
+
+
+@every
+@torch.no_grad()
+def test_keeping_everything_is_the_dense_model(name: str) -> None:
+    ids, dense = random_ids(2, 20), tiny()
+    if name in PLAIN:
+        assert torch.equal(known(name)(ids).logits, dense(ids).logits)
+    else:  # gates are fitted, and within a percent of 1
+        torch.testing.assert_close(known(name)(ids).logits, dense(ids).logits, atol=0.1, rtol=0.1)
+
+
+@every
+@pytest.mark.parametrize("side", ["none", "left"])
+@torch.no_grad()
+def test_compacted_is_masked(name: str, side: str) -> None:
+    model = known(name)
+    ids, mask, _ = padded(3, 20, side)
+    with gateskip.budget(model, compute=low(model)):
+        found = model(ids, attention_mask=mask).logits[mask.bool()]
+        with gateskip.execution(model, "masked"):
+            expected = model(ids, attention_mask=mask).logits[mask.bool()]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@every
+@torch.no_grad()
+def test_decoding_decides_as_prefill(name: str) -> None:
+    model, ids = known(name), random_ids(2, 20)
+    with gateskip.budget(model, compute=low(model)):
+        with gateskip.trace(model) as once:
+            whole = model(ids).logits
+        with gateskip.trace(model) as stepwise:
+            found = fed(model, ids, DynamicCache(config=model.config))
+    assert once.ledger.skip_rate > 0.1
+    for key, masks in stepwise.keep.items():
+        assert torch.equal(torch.cat(masks, 1), once.keep[key][0]), key
+    torch.testing.assert_close(found, whole, atol=1e-4, rtol=1e-4)
+
+
+@every
+@torch.no_grad()
+def test_causal_and_alone(name: str) -> None:
+    assert methods.METHODS.get(name).causal
+    model, ids = known(name), random_ids(3, 20)
+    other = ids.clone()
+    other[:, 12:] = random_ids(3, 8, seed=5)
+    with gateskip.budget(model, compute=low(model)):
+        logits = model(ids).logits
+        torch.testing.assert_close(model(other).logits[:, :12], logits[:, :12])
+        for row in range(3):
+            alone = model(ids[row : row + 1]).logits
+            torch.testing.assert_close(alone, logits[row : row + 1], atol=1e-4, rtol=1e-4)
+
+
+@every
+@torch.no_grad()
+def test_the_ledger_is_what_hooks_count(name: str) -> None:
+    model, ids = known(name), random_ids(3, 20)
+    state = state_of(model)
+    rows: dict[tuple[int, str], int] = {}
+    handles = []
+    for index, layer in enumerate(layers_of(model, state.family)):
+        for kind, projection in (("attention", "self_attn.q_proj"), ("mlp", "mlp.down_proj")):
+
+            def count(_: Any, inputs: Any, key: tuple[int, str] = (index, kind)) -> None:
+                rows[key] = rows.get(key, 0) + inputs[0].shape[:-1].numel()
+
+            handles.append(layer.get_submodule(projection).register_forward_pre_hook(count))
+    with gateskip.budget(model, compute=low(model)), gateskip.trace(model) as trace:
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    for key, keep in trace.keep.items():
+        assert rows.get(key, 0) == int(keep[0].sum()), key
+    assert trace.ledger.compute <= low(model) + 0.05
+
+
+@every
+@torch.no_grad()
+def test_larger_budgets_keep_supersets(name: str) -> None:
+    model, ids = known(name), random_ids(2, 20)
+    state = state_of(model)
+    assert state.policy is not None
+    budgets = [b for b in (0.95, 0.9, 0.8, 0.7, 0.6, 0.5) if b >= state.policy.floor("compute")]
+    resolved = [state.resolve(gateskip.Budget(compute=b)) for b in budgets]
+    for larger, smaller in itertools.pairwise(resolved):
+        assert larger is not None
+        assert smaller is not None
+        assert all(larger[key] <= smaller[key] for key in state.branches)
+    with gateskip.budget(model, compute=budgets[-1]):
+        assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (2, 24)
+
+
+def test_names_options_and_text_are_checked() -> None:
+    with pytest.raises(ConfigError, match=r"method='shortgtp'.*Did you mean 'shortgpt'"):
+        applied("shortgtp")
+    with pytest.raises(ConfigError, match="option of 'random'='sed'"):
+        applied("random", sed=1)
+    with pytest.raises(ConfigError, match="target='mpl'"):
+        applied("llm_drop", target="mpl")
+    with pytest.raises(DataError, match="at least 1000"):
+        methods.apply("random", tiny(), [torch.arange(3, 40)])
+
+
+@every
+@torch.no_grad()
+def test_results_name_the_method_and_it_is_saved(name: str, tmp_path: Path) -> None:
+    from gateskip.evaluation.quality import evaluate
+
+    model, ids = known(name), random_ids(2, 20)
+    budget = gateskip.Budget(compute=low(model))
+    tiny().save_pretrained(tmp_path / "base")
+    gateskip.save(model, tmp_path / "saved")
+    again = gateskip.load(tmp_path / "saved", tmp_path / "base")
+    for found in (model, again):
+        rows = evaluate(found, list(random_ids(4, 30)), budgets=[budget])
+        assert [row.arm for row in rows] == ["dense", name]
+        assert rows[1].macs_saved == pytest.approx(1.0 - low(model), abs=0.15)
+        with pytest.raises(ConfigError, match=f"skips by '{name}'"):
+            evaluate(found, list(ids), arm="gateskip")
+    with gateskip.budget(model, compute=budget.value):
+        expected = model(ids).logits
+    with gateskip.budget(again, compute=budget.value):
+        assert torch.equal(again(ids).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["random", "llm_drop", "token_identity"])
+def test_a_backbone_trains_with_a_method_in_place(name: str, tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    model = applied(name)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    rows = [{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in random_ids(8, 32)]
+    trainer = gateskip.GateSkipTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, use_cpu=True,
+            report_to=[], learning_rate=1e-3, disable_tqdm=True,
+        ),
+        gateskip_args=gateskip.GateSkipTrainingConfig(
+            backbone="full", budget_start=0.8, budget_end=0.8, schedule="constant"
+        ),
+        train_dataset=rows,
+    )  # fmt: skip
+    trainer.train()
+    logged = [log for log in trainer.state.log_history if "skip_rate" in log]
+    assert logged or trainer.state.global_step == 2
+    changed = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
+    assert any("q_proj" in key for key in changed)
+
+
+@torch.no_grad()
+def test_a_rule_of_ones_own() -> None:
+    from gateskip.skipping.rule import set_rule
+
+    class Loud:
+        name, causal = "loud", True
+
+        def score(self, key: Any, h_BTH: Tensor, call: Any) -> Tensor:
+            return h_BTH.float().norm(dim=-1)
+
+        def tensors(self) -> dict[str, Tensor]:
+            return {}
+
+        @classmethod
+        def of_tensors(cls, tensors: Any) -> Any:
+            return cls()
+
+    model, ids = tiny(), random_ids(2, 20)
+    gateskip.attach(model, gateskip.GateConfig(kind="unit", compensation="none"))
+    with pytest.raises(ConfigError, match="nothing to fit"):
+        gateskip.fit(model, list(random_ids(20, 64)))
+    set_rule(state_of(model), Loud())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # never fitted
+        gateskip.calibrate(model, list(random_ids(20, 64)), allocation="uniform")
+    with gateskip.budget(model, keep=0.6), gateskip.trace(model) as trace:
+        found = model(ids, output_hidden_states=True)
+    h = found.hidden_states[0].norm(dim=-1)[:, 1:]
+    kept = trace.keep[0, "attention"][0][:, 1:]
+    assert float(h[kept].min()) >= float(h[~kept].max())
+
+
+# -- random -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_random_seeds_differ_and_know_nothing_of_tokens() -> None:
+    ids, masks = random_ids(2, 40), []
+    for model in (known("random"), known("random"), applied("random", seed=1)):
+        with gateskip.budget(model, keep=0.6), gateskip.trace(model) as trace:
+            model(ids if masks else random_ids(2, 40, seed=7))
+        masks.append(torch.cat([keep[0].flatten() for keep in trace.keep.values()]))
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+
+
+# -- tables -------------------------------------------------------------------------------------
+
+
+def scores(model: Any, ids: Tensor) -> dict[Any, Tensor]:
+    class Seen(dict[Any, Tensor]):
+        def add(self, key: Any, score_BT: Tensor, call: Any) -> None:
+            self[key] = score_BT
+
+    seen = Seen()
+    keeps = dict.fromkeys(state_of(model).branches, float("-inf"))
+    with torch.no_grad(), override(state_of(model), scores=seen, thresholds=keeps):
+        model(ids)
+    return seen
+
+
+def test_token_identity_knows_the_token_alone() -> None:
+    model, ids = known("token_identity"), random_ids(1, 30)
+    ids[0, 20] = ids[0, 10]
+    rule: Any = rule_of(state_of(model))
+    for key, found in scores(model, ids).items():
+        assert float((found[0, 10] - found[0, 20]).abs()) <= rule.step
+        expected = rule.tables[key][ids[0]]
+        torch.testing.assert_close(found[0], expected, atol=rule.step, rtol=0)
+        assert expected.std() > 10 * rule.step
+    with pytest.raises(UnsupportedError, match="needs input_ids"), gateskip.budget(model, keep=0.8):
+        model(inputs_embeds=model.get_input_embeddings()(ids))
+
+
+def test_position_knows_the_place_alone() -> None:
+    model = known("position")
+    a, b = (scores(model, random_ids(1, 30, seed=s)) for s in (1, 2))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    ids, mask, positions = padded(2, 20, "left")
+    with gateskip.budget(model, keep=0.7), gateskip.trace(model) as trace, torch.no_grad():
+        model(ids, attention_mask=mask, position_ids=positions)
+    pads = int((mask[1] == 0).sum()) or int((mask[0] == 0).sum())
+    assert pads
+    for keep in trace.keep.values():
+        rows = [row[real.bool()] for row, real in zip(keep[0], mask, strict=True)]
+        least = min(map(len, rows))
+        assert torch.equal(rows[0][:least], rows[1][:least])
+
+
+def test_a_model_without_a_rule_says_so() -> None:
+    model = gateskip.attach(tiny(), gateskip.GateConfig(importance="rule"))
+    keeps = dict.fromkeys(state_of(model).branches, 0.0)
+    with (
+        override(state_of(model), thresholds=keeps),
+        pytest.raises(UnsupportedError, match="the model has no rule"),
+    ):
+        model(random_ids(1, 8))
+
+
+# -- static -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_static_budgets_are_nested_and_never_exceeded(name: str) -> None:
+    state = state_of(known(name))
+    assert state.policy is not None
+    last: set[Any] = set()
+    for budget in (0.97, 0.9, 0.85, 0.8):
+        thresholds = state.resolve(gateskip.Budget(compute=budget))
+        assert thresholds is not None
+        off = {key for key, value in thresholds.items() if value >= OFF}
+        assert last <= off
+        assert off
+        assert all(value >= OFF or value == float("-inf") for value in thresholds.values())
+        last = off
+        with (
+            torch.no_grad(),
+            gateskip.budget(known(name), compute=budget),
+            gateskip.trace(known(name)) as trace,
+        ):
+            known(name)(random_ids(4, 64))
+        assert trace.ledger.compute <= budget + 1e-6
+    with pytest.raises(BudgetError, match="below the floor"):
+        state.resolve(gateskip.Budget(compute=0.05))
+
+
+@pytest.mark.parametrize("name", STATIC)
+@torch.no_grad()
+def test_masked_is_physically_removed(name: str, tmp_path: Path) -> None:
+    model, ids = known(name), random_ids(2, 20)
+    budget = gateskip.Budget(compute=low(model))
+    with gateskip.budget(model, compute=budget.value):
+        expected = model(ids).logits
+    report = gateskip.export_static(model, tmp_path / "plain", budget=budget)
+    plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    torch.testing.assert_close(plain(ids).logits, expected, atol=1e-5, rtol=1e-4)
+    if name in ("shortgpt", "every_second"):
+        assert report.layers == len(layers_of(plain, state_of(model).family)) < 4
+    out = plain.generate(ids, max_new_tokens=4, do_sample=False)
+    with gateskip.budget(model, compute=budget.value):
+        assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), out)
+
+
+def silent(model: Any, layer: int, kinds: tuple[str, ...]) -> Any:
+    """The model with branches that add nothing."""
+    parts = {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}
+    for kind in kinds:
+        nn.init.zeros_(model.model.layers[layer].get_submodule(parts[kind]).weight)
+    return model
+
+
+def first_off(model: Any) -> set[Any]:
+    table = state_of(model).policy
+    assert table is not None
+    pairs = zip(state_of(model).branches, table.thresholds[1], strict=True)
+    return {key for key, value in pairs if value >= OFF}
+
+
+def test_what_adds_nothing_goes_first() -> None:
+    both = ("attention", "mlp")
+    layer = applied("shortgpt", model=silent(tiny(), 2, both))
+    assert first_off(layer) == {(2, "attention"), (2, "mlp")}
+    for kind in both:
+        branch = applied("llm_drop", model=silent(tiny(), 1, (kind,)))
+        assert first_off(branch) == {(1, kind)}
+    only = applied("llm_drop", target="mlp", model=silent(tiny(), 1, ("attention",)))
+    assert {kind for _, kind in first_off(only)} == {"mlp"}
+
+
+@torch.no_grad()
+def test_block_influence_is_one_minus_the_cosine() -> None:
+    from gateskip.data import encode
+    from gateskip.methods.influence import Influence
+
+    for family in ("llama", "gpt_neox"):  # sequential and parallel
+        model, ids = tiny(family), random_ids(3, 24)
+        # The last of the hidden states has passed the final norm.
+        hidden = model(ids, output_hidden_states=True).hidden_states[:-1]
+        gateskip.attach(model)
+        found = Influence.of(model, encode(list(ids), None, 64)).layers
+        for index, (before, after) in enumerate(itertools.pairwise(hidden)):
+            cosine = nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
+            assert found[index] == pytest.approx(float(1 - cosine.mean()), rel=1e-4)
+
+
+@torch.no_grad()
+def test_gate_norm_is_the_norm_of_the_product_and_invariant_to_scale() -> None:
+    q, k = torch.randn(4 * 8, 24), torch.randn(2 * 8, 24)
+    heads = zip(q.view(4, 8, 24), k.view(2, 8, 24).repeat_interleave(2, 0), strict=True)
+    expected = torch.stack([torch.linalg.matrix_norm(a.T @ b) for a, b in heads]).mean()
+    assert coupling(q, k, 4, 2) == pytest.approx(float(expected), rel=1e-5)
+    assert coupling(q * 3.0, k / 3.0, 4, 2) == pytest.approx(float(expected), rel=1e-5)
+    uncoupled = tiny()
+    nn.init.zeros_(uncoupled.model.layers[3].self_attn.q_proj.weight)
+    assert first_off(applied("gate_norm", model=uncoupled)) == {(3, "attention")}
+    with pytest.raises(UnsupportedError, match="q_proj and k_proj"):
+        applied("gate_norm", "gpt2")
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "llama"])
+@pytest.mark.parametrize("name", ["random", "shortgpt"])
+@torch.no_grad()
+def test_families(name: str, family: str) -> None:
+    ids, dense = random_ids(2, 20), tiny(family)
+    expected = dense(ids).logits
+    model = applied(name, model=dense)
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    with gateskip.budget(model, compute=low(model)):
+        found = model(ids).logits
+        with gateskip.execution(model, "masked"):
+            torch.testing.assert_close(model(ids).logits, found, atol=1e-4, rtol=1e-4)
+    gateskip.detach(model)
+    assert torch.equal(model(ids).logits, expected)
