@@ -10,11 +10,9 @@ does not matter. Words are tokens, and so are the numbers up to 99.
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 NAMES = ("Ann", "Bob", "Cem", "Dee", "Eva", "Finn")
@@ -123,12 +121,6 @@ def answer_of(text: str) -> str | None:
         if words[at] == "so" and words[at + 1].isdigit():
             return words[at + 1]
     return None
-
-
-def write(path: Path, seed: int, count: int) -> None:
-    """Problems as JSON lines."""
-    rows = "".join(json.dumps(row) + "\n" for row in problems(seed, count))
-    path.write_text(rows, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ def test_a_backbone_trains_with_a_method_in_place(name: str, tmp_path: Path) -> 
         model=model,
         args=TrainingArguments(
             output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, use_cpu=True,
-            report_to=[], learning_rate=1e-3, disable_tqdm=True,
+            report_to=[], learning_rate=1e-3, disable_tqdm=True, logging_steps=1,
         ),
         gateskip_args=gateskip.GateSkipTrainingConfig(
             backbone="full", budget_start=0.8, budget_end=0.8, schedule="constant"
@@ -194,7 +194,8 @@ def test_a_backbone_trains_with_a_method_in_place(name: str, tmp_path: Path) -> 
     )  # fmt: skip
     trainer.train()
     logged = [log for log in trainer.state.log_history if "skip_rate" in log]
-    assert logged or trainer.state.global_step == 2
+    assert logged
+    assert all(log["skip_rate"] > 0.05 for log in logged)
     changed = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
     assert any("q_proj" in key for key in changed)
 
@@ -395,7 +396,9 @@ def test_gate_norm_is_the_norm_of_the_product_and_invariant_to_scale() -> None:
     nn.init.zeros_(uncoupled.model.layers[3].self_attn.q_proj.weight)
     assert first_off(applied("gate_norm", model=uncoupled)) == {(3, "attention")}
     with pytest.raises(UnsupportedError, match="q_proj and k_proj"):
-        applied("gate_norm", "gpt2")
+        applied("gate_norm", model=(other := tiny("gpt2")))
+    with pytest.raises(gateskip.AttachError, match="has no gates"):  # as it was given
+        state_of(other)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "llama"])

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from gateskip.methods.base import Method
+from gateskip.execution.api import detach
+from gateskip.methods.base import Method, is_gated
 from gateskip.registry import Registry
 from gateskip.skipping.state import state_of
 
@@ -43,6 +44,12 @@ def apply(
         DataError: too little text.
     """
     method = METHODS.get(name).of(name, options)
-    model = method.apply(model, data, tokenizer)
+    gated = is_gated(model)
+    try:
+        model = method.apply(model, data, tokenizer)
+    except Exception:
+        if not gated and is_gated(model):
+            detach(model)  # as it was given
+        raise
     state_of(model).method = name
     return model

@@ -22,13 +22,10 @@ class Method(ABC):
 
     Attributes:
         paper: where it comes from. causal: see :class:`~gateskip.skipping.rule.Rule`.
-        needs: ``"plain"``: takes a model without gates; ``"gated"``: takes its gates, and fits
-            some where there are none.
     """
 
     paper: ClassVar[str]
     causal: ClassVar[bool] = True
-    needs: ClassVar[str] = "plain"
 
     @classmethod
     def of(cls, name: str, options: dict[str, Any]) -> Self:

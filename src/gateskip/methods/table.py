@@ -96,7 +96,6 @@ class TableMethod(Method):
     """
 
     paper: ClassVar[str] = "null"
-    needs: ClassVar[str] = "gated"
     rule: ClassVar[type[TableRule]]
     max_tokens: int = 50_000
 

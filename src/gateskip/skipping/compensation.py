@@ -46,8 +46,9 @@ class Compensation(nn.Module):
         """
         like = (self.bias, out_NH, u_MH)
         fused = kernels.row_kernels(out_NH)
-        known = (kernels.row_kernels(t.detach()) for t in like)
-        if fused is None or not all(k is fused for k in known) or _mixed(like):
+        if fused is None or not all(
+            kernels.row_kernels(t.detach()) is fused and t.dtype == out_NH.dtype for t in like
+        ):
             added = self(u_MH)[: index_M.shape[0]]
             return out_NH.index_add_(0, index_M, added.to(out_NH.dtype))  # autocast gives another
         c_MH = None
@@ -55,10 +56,6 @@ class Compensation(nn.Module):
             c_MH = nn.functional.linear(nn.functional.linear(u_MH, self.down), self.up)
         fused.add_rows_(out_NH, c_MH, self.bias.detach(), index_M)
         return out_NH
-
-
-def _mixed(tensors: tuple[Tensor, ...]) -> bool:
-    return any(t.dtype != tensors[0].dtype for t in tensors)
 
 
 def compensation_of(module: nn.Module) -> Compensation | None:
