@@ -109,7 +109,7 @@ def test_options_change_costs() -> None:
 
 
 @pytest.mark.parametrize("kind", ["low_rank", "scalar", "vector"])
-@pytest.mark.parametrize("kv_source", ["project", "previous"])
+@pytest.mark.parametrize("kv_source", ["project", "previous", "none"])
 def test_break_even_is_where_spent_meets_dense(kind: str, kv_source: str) -> None:
     shape = ModelShape(
         layers=3, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=192, vocab=10

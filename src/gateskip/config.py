@@ -19,9 +19,9 @@ SCHEMA_VERSION: Final = 1
 
 BRANCH_KINDS: Final = ("attention", "mlp")
 ALLOCATIONS: Final = ("global", "uniform", "searched")
-KV_SOURCES: Final = ("project", "previous")
+KV_SOURCES: Final = ("project", "previous", "none")
 GATE_INPUTS: Final = ("normalised", "raw")
-PLACEMENTS: Final = ("after", "before")
+PLACEMENTS: Final = ("after", "before", "layer")
 DECISIONS: Final = ("branch", "layer")
 IMPORTANCES: Final = ("mean_logit", "mean_gate", "head", "random", "rule")
 #: Scores that are one dot product with the branch's input.
@@ -47,7 +47,8 @@ class GateConfig:
 
     Attributes:
         kind: gate kind, a name in the gate registry (``"low_rank"``, ``"vector"``, ``"scalar"``,
-            ``"grouped"``, ``"mlp"``, ``"shared"``; ``"unit"`` is no gate).
+            ``"grouped"``, ``"mlp"``, ``"shared"``; ``"unit"`` is no gate, ``"router"`` that of
+            Mixture-of-Depths).
         rank: inner width of ``low_rank`` and ``mlp`` gates.
         groups: values of a ``grouped`` gate; None takes as many as the model has attention heads.
         branches: which branch kinds get gates.
@@ -56,7 +57,8 @@ class GateConfig:
         gate_input: ``"normalised"``: a gate reads what its branch reads; ``"raw"``: the residual.
         detach_input: whether the gate's input takes no gradient.
         placement: where the gate acts: ``"after"`` the branch, on what it adds to the residual, or
-            ``"before"`` it, on its normalised input.
+            ``"before"`` it, on its normalised input; ``"layer"``: a layer's attention gate acts on
+            all that the layer adds, and its MLP has none (with ``decision="layer"``).
         decision: ``"branch"``: every branch decides for itself; ``"layer"``: a layer's MLP is
             skipped by the tokens that skip its attention.
         protected_first: so many tokens at the beginning of each sequence are never skipped.
@@ -65,7 +67,9 @@ class GateConfig:
             gate value, a linear map of its own beside the gate (``"head"``), nothing at all
             (``"random"``, the null that a policy has to beat), or a method of
             ``gateskip.methods`` (``"rule"``).
-        kv_source: where a skipped token's keys and values come from.
+        kv_source: where a skipped token's keys and values come from: ``"project"``: its own
+            residual; ``"previous"``: the layer before (the paper's); ``"none"``: nowhere, and no
+            later token sees it in that layer (Mixture-of-Depths).
         compensation: what a skipped branch adds instead of its output.
         compensation_rank: rank of ``low_rank`` compensation.
         init_bias: initial gate bias b; σ(5) = 0.9933, so a gated model starts as the dense one.
@@ -80,12 +84,12 @@ class GateConfig:
     layer_step: int = 1
     gate_input: Literal["normalised", "raw"] = "normalised"
     detach_input: bool = True
-    placement: Literal["after", "before"] = "after"
+    placement: Literal["after", "before", "layer"] = "after"
     decision: Literal["branch", "layer"] = "branch"
     protected_first: int = 1
     protected_ids: tuple[int, ...] = ()
     importance: Literal["mean_logit", "mean_gate", "head", "random", "rule"] = "mean_logit"
-    kv_source: Literal["project", "previous"] = "project"
+    kv_source: Literal["project", "previous", "none"] = "project"
     compensation: Literal["none", "mean", "low_rank"] = "low_rank"
     compensation_rank: int = 32
     init_bias: float = 5.0
@@ -119,10 +123,23 @@ class GateConfig:
                 f"decision='layer' decides MLPs by their attention; branches={self.branches!r} "
                 "must be both."
             )
+        if self.placement == "layer" and self.decision != "layer":
+            raise ConfigError(
+                f"placement='layer' needs decision='layer', and decision={self.decision!r}."
+            )
+        if self.kind == "router" and (self.placement != "layer" or self.compensation != "none"):
+            raise ConfigError(
+                "kind='router' weighs whole layers; set placement='layer', decision='layer' and "
+                "compensation='none'."
+            )
         if not (math.isfinite(self.init_std) and self.init_std >= 0):
             raise ConfigError(f"init_std={self.init_std!r} must be a finite number of at least 0.")
         if not math.isfinite(self.init_bias):
             raise ConfigError(f"init_bias={self.init_bias!r} must be finite.")
+
+    def kind_of(self, branch: str) -> str:
+        """The gate kind of attentions or of MLPs."""
+        return "unit" if self.placement == "layer" and branch == "mlp" else self.kind
 
     def gates(self, key: BranchKey) -> bool:
         """Whether a branch has a gate."""

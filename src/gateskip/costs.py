@@ -139,6 +139,7 @@ def gate_macs(kind: str, hidden: int, rank: int, groups: int = 1) -> int:
         "grouped": hidden * groups,
         "scalar": hidden,
         "unit": 0,
+        "router": hidden,
     }
     if kind not in by_kind:
         raise ConfigError(f"kind={kind!r}: no cost is known for this gate kind.")
@@ -147,7 +148,7 @@ def gate_macs(kind: str, hidden: int, rank: int, groups: int = 1) -> int:
 
 def gate_parameters(kind: str, hidden: int, rank: int, groups: int = 1) -> int:
     """Parameters of one gate, bias included."""
-    biases = {"scalar": 1, "grouped": groups, "unit": 0}.get(kind, hidden)
+    biases = {"scalar": 1, "grouped": groups, "unit": 0, "router": 1}.get(kind, hidden)
     return gate_macs(kind, hidden, rank, groups) + biases
 
 
@@ -168,7 +169,8 @@ def branch_cost(
     attention = key[1] == "attention"
     gated = config.gates(key)
     computed = shape.macs_q_o + shape.macs_kv if attention else shape.macs_mlp_of(key[0])
-    kind = "scalar" if alike and config.kind != "unit" else config.kind
+    kind = config.kind_of(key[1])
+    kind = "scalar" if alike and kind != "unit" else kind
     groups = config.groups or shape.heads
     gate = gate_macs(kind, shape.hidden, config.rank, groups) if gated else 0
     # The paper's importance needs the whole gate for every token; the mean logit one dot product,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import warnings
@@ -122,7 +123,7 @@ def test_the_ledger_is_what_hooks_count(name: str) -> None:
         handle.remove()
     for key, keep in trace.keep.items():
         assert rows.get(key, 0) == int(keep[0].sum()), key
-    assert trace.ledger.compute <= low(model) + 0.05
+    assert trace.ledger.compute <= low(model) + 0.08  # 60 tokens
 
 
 @every
@@ -165,7 +166,7 @@ def test_results_name_the_method_and_it_is_saved(name: str, tmp_path: Path) -> N
     for found in (model, again):
         rows = evaluate(found, list(random_ids(4, 30)), budgets=[budget])
         assert [row.arm for row in rows] == ["dense", name]
-        assert rows[1].macs_saved == pytest.approx(1.0 - low(model), abs=0.15)
+        assert rows[1].macs_saved == pytest.approx(1.0 - low(model), abs=0.2)  # layers of 4
         with pytest.raises(ConfigError, match=f"skips by '{name}'"):
             evaluate(found, list(ids), arm="gateskip")
     with gateskip.budget(model, compute=budget.value):
@@ -415,3 +416,85 @@ def test_families(name: str, family: str) -> None:
             torch.testing.assert_close(model(ids).logits, found, atol=1e-4, rtol=1e-4)
     gateskip.detach(model)
     assert torch.equal(model(ids).logits, expected)
+
+
+# -- Mixture-of-Depths ----------------------------------------------------------------------------
+
+
+def routed(**options: Any) -> Any:
+    return applied("mixture_of_depths", every=1, **options)
+
+
+@torch.no_grad()
+def test_top_k_keeps_exactly_k_of_every_sequence() -> None:
+    from gateskip.skipping.quantile import SequenceTopK
+
+    model, (ids, mask, _) = routed(), padded(3, 20, "left")
+    thresholds = dict.fromkeys(state_of(model).branches, SequenceTopK(0.3))
+    with override(state_of(model), thresholds=thresholds), gateskip.trace(model) as trace:
+        found = model(ids, attention_mask=mask).logits
+        with gateskip.execution(model, "masked"):
+            masked = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(found[mask.bool()], masked[mask.bool()], atol=1e-4, rtol=1e-4)
+    for keep in trace.keep.values():
+        for row, real in zip(keep[0], mask.bool(), strict=True):
+            assert int(row.sum()) == -(-int(real.sum()) * 3 // 10)
+            assert not row[~real].any()
+    # It is not causal: later tokens take places.
+    other = ids.clone()
+    other[:, 12:] = random_ids(3, 8, seed=5)
+    with override(state_of(model), thresholds=thresholds):
+        again = model(other, attention_mask=mask).logits
+    assert not torch.allclose(again[:, :12], found[:, :12], atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_layer_is_weighed_as_a_whole() -> None:
+    model, dense, ids = routed(), tiny(), random_ids(2, 12)
+    assert torch.equal(model(ids).logits, dense(ids).logits)
+    for index, layer in enumerate(layers_of(model, state_of(model).family)):
+        gate = layer.self_attn.skip_gate
+        gate.slope.fill_(0.0)
+        gate.offset.fill_(0.0 if index == 1 else 1.0)
+    del dense.model.layers[1]
+    for index, layer in enumerate(dense.model.layers):
+        layer.self_attn.layer_idx = index
+    dense.config.num_hidden_layers = 3
+    expected = dense(ids, use_cache=False).logits
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+
+
+def test_routers_train_and_learn_to_predict(tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    model = routed(auxiliary=0.5)
+    options = methods.METHODS.get("mixture_of_depths")(every=1, auxiliary=0.5).training(model, 0.7)
+    assert options.budget_end == pytest.approx(0.7, abs=0.05)
+    rows = [{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in random_ids(64, 32)]
+    trainer = gateskip.GateSkipTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(tmp_path), max_steps=16, per_device_train_batch_size=4, use_cpu=True,
+            report_to=[], learning_rate=3e-2, disable_tqdm=True, logging_steps=4,
+        ),
+        gateskip_args=dataclasses.replace(options, backbone="frozen"),
+        train_dataset=rows,
+    )  # fmt: skip
+    trainer.train()
+    logged = [log for log in trainer.state.log_history if "top_k_prediction" in log]
+    assert logged[-1]["top_k_prediction"] < logged[0]["top_k_prediction"] - 0.02
+    assert logged[-1]["skip_rate"] == pytest.approx(1 - options.budget_end, abs=0.03)
+    for layer in layers_of(model, state_of(model).family):
+        assert float(layer.self_attn.skip_gate.slope.detach()) != 0.0
+
+
+def test_routers_cannot_save_more_than_their_layers() -> None:
+    method = methods.METHODS.get("mixture_of_depths")(every=2)
+    with pytest.raises(BudgetError, match=r"save \d+% at most; set every=1"):
+        method.training(applied("mixture_of_depths"), 0.4)
+    with pytest.raises(ConfigError, match="form='retrofti'"):
+        applied("mixture_of_depths", form="retrofti")
+    with pytest.raises(ConfigError, match="placement='layer'"):
+        gateskip.GateConfig(kind="router")
+    scratch = applied("mixture_of_depths", form="scratch")
+    assert not any("slope" in name for name, _ in scratch.named_parameters())

@@ -15,7 +15,7 @@ from gateskip.skipping.state import override, state_of
 from models import FAMILIES, gated, medians, padded, random_ids, tiny, with_table
 
 families = pytest.mark.parametrize("family", FAMILIES)
-sources = pytest.mark.parametrize("kv", ["project", "previous"])
+sources = pytest.mark.parametrize("kv", ["project", "previous", "none"])
 NEW = 8
 
 

@@ -65,8 +65,9 @@ def test_refusals() -> None:
 
 
 def test_previous_keys_are_refused() -> None:
-    with pytest.raises(gateskip.UnsupportedError, match="kv_source='project'"):
-        gateskip.compile_masked(with_table(gated("llama", kv_source="previous")))
+    for source in ("previous", "none"):
+        with pytest.raises(gateskip.UnsupportedError, match="kv_source='project'"):
+            gateskip.compile_masked(with_table(gated("llama", kv_source=source)))
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ def test_masked_compacted_cached_and_padded_agree(name: str, family: str) -> Non
 
 
 @options
-@pytest.mark.parametrize("kv", ["project", "previous"])
+@pytest.mark.parametrize("kv", ["project", "previous", "none"])
 def test_backward(name: str, kv: str) -> None:
     model = built(name, kv_source=kv, compensation="low_rank")
     ids, mask, _ = padded(3, 14, "right")

@@ -37,7 +37,7 @@ def with_policy(model: Any) -> Any:
     return model
 
 
-@pytest.fixture(scope="module", params=["project", "previous"])
+@pytest.fixture(scope="module", params=["project", "previous", "none"])
 def model(request: pytest.FixtureRequest) -> Any:
     built = with_policy(gated("qwen2", kv_source=request.param, compensation="low_rank"))
     built.generation_config.eos_token_id = None  # tiny models would end at random

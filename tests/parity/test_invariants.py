@@ -61,10 +61,20 @@ PAIRWISE = [
     ("qwen3_moe", "eager", "right", "previous", "low_rank"),
     ("smollm3", "sdpa", "left", "project", "low_rank"),
     ("smollm3", "eager", "none", "previous", "none"),
+    ("llama", "sdpa", "left", "none", "none"),
+    ("llama", "eager", "right", "none", "low_rank"),
+    ("mistral_window", "sdpa", "left", "none", "mean"),
+    ("qwen3", "sdpa", "right", "none", "low_rank"),
+    ("gemma3_text", "sdpa", "left", "none", "none"),
+    ("gemma2", "eager", "left", "none", "mean"),
+    ("gpt2", "eager", "left", "none", "none"),
+    ("gpt_neox", "sdpa", "none", "none", "low_rank"),
+    ("gpt_oss", "eager", "left", "none", "none"),
+    ("olmo2", "sdpa", "right", "none", "mean"),
 ]
 FULL = list(
     product(
-        FAMILIES, ("sdpa", "eager"), ("left", "right", "none"), ("project", "previous"),
+        FAMILIES, ("sdpa", "eager"), ("left", "right", "none"), ("project", "previous", "none"),
         ("none", "mean", "low_rank"),
     )
 )  # fmt: skip

@@ -125,7 +125,7 @@ def situations(draw: st.DrawFn) -> dict[str, Any]:
         "length": draw(st.integers(1, 20)),
         "cuts": draw(st.lists(st.integers(1, 5), max_size=6)),
         "quantile": draw(st.floats(0.0, 0.95)),
-        "kv": draw(st.sampled_from(["project", "previous"])),
+        "kv": draw(st.sampled_from(["project", "previous", "none"])),
         "static": draw(st.booleans()),
         "left": draw(st.lists(st.integers(0, 3), min_size=4, max_size=4)),
         "seed": draw(st.integers(0, 1000)),

@@ -37,7 +37,7 @@ def fit(
         typer.Option(help="What ranks tokens: mean_logit, head (apart from the gate), mean_gate."),
     ] = "mean_logit",
     kv_source: Annotated[
-        str, typer.Option(help="Keys and values of skipped tokens: project or previous.")
+        str, typer.Option(help="Keys and values of skipped tokens: project, previous or none.")
     ] = "project",
     rank: Annotated[int, typer.Option(help="Inner width of low_rank gates.")] = 16,
     compensation: Annotated[

@@ -35,8 +35,8 @@ class Branch:
     """What :mod:`~gateskip.execution.layer` asks of an attention or an MLP."""
 
     __slots__ = (
-        "before", "call", "compensation", "family", "gate", "inverse", "key", "layer", "module",
-        "norm", "read", "score_N",
+        "apart", "before", "call", "compensation", "family", "gate", "inverse", "key", "layer",
+        "module", "norm", "read", "score_N",
     )  # fmt: skip
 
     def __init__(self, layer: nn.Module, call: Call, kind: str, index: int) -> None:
@@ -51,6 +51,8 @@ class Branch:
         gate = self.module._modules.get("skip_gate")
         self.gate = gate if isinstance(gate, Gate) else None
         self.before = config.placement == "before" and self.gate is not None
+        #: Whether the gate acts elsewhere than where the branch joins the stream.
+        self.apart = self.before or config.placement == "layer"
         self.compensation = compensation_of(self.module)
         self.inverse: Tensor | None = None  # 1 / rms(h), where scoring found it
         self.score_N: Tensor | None = None  # mean logits of all tokens, likewise
@@ -111,7 +113,7 @@ class Branch:
 
     def join(self, base: Tensor, o: Tensor, u: Tensor, score_N: Tensor | None = None) -> Tensor:
         """``base`` plus what the branch adds for every token: g(u) ⊙ o, or o."""
-        if self.gate is None or self.before:
+        if self.gate is None or self.apart:
             return base + o
         return join(base, o, u, self.gate, score_N)
 
@@ -119,7 +121,7 @@ class Branch:
         self, out_NH: Tensor, base_NH: Tensor, o_MH: Tensor, u_MH: Tensor, index_M: Tensor
     ) -> Tensor:
         """``out`` with rows ``index_M`` set to what :meth:`join` makes of them."""
-        if self.gate is None or self.before:
+        if self.gate is None or self.apart:
             return out_NH.index_copy_(0, index_M, base_NH.index_select(0, index_M) + o_MH)
         return join_at(out_NH, base_NH, o_MH, u_MH, self.gate, index_M, self.score_N)
 
@@ -158,6 +160,10 @@ class Branch:
         if self.inverse is not None and not self.norm.hooked:
             self.score_N = score_BT.flatten()
         return call.decide(self.key, score_BT)
+
+    def source_is(self, name: str) -> bool:
+        """Whether skipped tokens have their keys and values from there."""
+        return self.call.state.config.kv_source == name
 
     @property
     def source(self) -> int | None:

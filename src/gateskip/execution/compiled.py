@@ -36,10 +36,10 @@ def compile_masked(model: nn.Module, **options: Any) -> Any:
         UnsupportedError: in a call, for budgets by row, a cache, or a trace.
     """
     state = state_of(model)
-    if state.config.kv_source == "previous":
+    if state.config.kv_source != "project":
         raise UnsupportedError(
-            "kv_source='previous' copies keys of whichever tokens are skipped, which one graph "
-            "cannot; compile_masked needs kv_source='project'."
+            f"kv_source={state.config.kv_source!r} writes other keys for whichever tokens are "
+            "skipped, which one graph cannot; compile_masked needs kv_source='project'."
         )
     inner = torch.compile(model.forward, fullgraph=True, **options)
 

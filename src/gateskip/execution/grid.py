@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from gateskip.errors import UnsupportedError
 from gateskip.execution.mask_rows import MaskRows
 from gateskip.execution.trained_attention import attend_causally, takes_blocks
+from gateskip.skipping.key_values import absent
 
 __all__ = ["Grid", "GridAttention"]
 
@@ -118,11 +119,14 @@ class GridAttention(TorchFunctionMode):
     Args:
         grid: the kept tokens' layout. rows: the mask.
         padding: rows beyond the kept tokens that the module was given; they attend to nothing.
+        hides: nobody sees keys of zeros (``kv_source="none"``).
     """
 
-    def __init__(self, grid: Grid, rows: MaskRows, padding: int = 0) -> None:
+    def __init__(
+        self, grid: Grid, rows: MaskRows, padding: int = 0, *, hides: bool = False
+    ) -> None:
         super().__init__()
-        self.grid, self.rows, self.padding = grid, rows, padding
+        self.grid, self.rows, self.padding, self.hides = grid, rows, padding, hides
         self.ran = False
 
     def __torch_function__(
@@ -181,10 +185,11 @@ class GridAttention(TorchFunctionMode):
                 scaled_dot_product_attention(q_BALD, key, value, None, dropout_p, True, **options)
             ]
         else:
+            gone_BS = absent(key) if self.hides else None
             parts = [
                 scaled_dot_product_attention(
-                    q_BALD[:, :, begin:end], key[:, :, :seen], value[:, :, :seen], mask,
-                    dropout_p, False, **options,
+                    q_BALD[:, :, begin:end], key[:, :, :seen], value[:, :, :seen],
+                    _hidden(mask, gone_BS), dropout_p, False, **options,
                 )
                 for begin, end, seen, mask in grid.blocks(self.rows, key.shape[2], q_BALD.dtype)
             ]  # fmt: skip
@@ -197,3 +202,11 @@ class GridAttention(TorchFunctionMode):
         if self.padding:
             out_CHD = torch.nn.functional.pad(out_CHD, (0, 0, 0, 0, 0, self.padding))
         return out_CHD.transpose(0, 1)[None]
+
+
+def _hidden(mask_B1LS: Tensor, gone_BS: Tensor | None) -> Tensor:
+    """An additive mask without some of the first keys."""
+    if gone_BS is None:
+        return mask_B1LS
+    gone = gone_BS[:, None, None, : mask_B1LS.shape[-1]]
+    return mask_B1LS.masked_fill(gone, torch.finfo(mask_B1LS.dtype).min)

@@ -21,6 +21,14 @@ from gateskip.execution.branch import Branch
 from gateskip.execution.fused_attention import attend, takes_kernels
 from gateskip.execution.fused_mlp import own_mlp, run_mlp
 from gateskip.execution.grid import Grid, GridAttention
+from gateskip.execution.hidden_keys import (
+    HidingWriter,
+    blank,
+    grid_mask,
+    hidden_before,
+    need_tensor,
+    whole_mask,
+)
 from gateskip.execution.inputs import AttentionInputs, flat_positions, grid_of
 from gateskip.execution.rounding import repeated
 from gateskip.execution.selection import Selection, select
@@ -28,6 +36,7 @@ from gateskip.execution.stack import leave_room_to_decode, takes_stack, token_st
 from gateskip.execution.token import YES, token_layer
 from gateskip.execution.trained_attention import CausalAttention
 from gateskip.skipping.call import Call
+from gateskip.skipping.join import gate_value
 from gateskip.skipping.key_values import CacheWriter, flat_tokens, project_kv
 from gateskip.skipping.masked import masked_join
 
@@ -76,7 +85,28 @@ def _layer(
 ) -> Tensor:
     inputs = AttentionInputs.of(kwargs, hidden_states)
     attention, mlp = (Branch(layer, call, kind, index) for kind in ("attention", "mlp"))
-    if call.state.family.is_parallel(layer):
+    if call.state.config.placement == "layer" and attention.gate is not None:
+        return _weighed(attention, mlp, hidden_states, inputs)
+    return _branches(attention, mlp, hidden_states, inputs)
+
+
+def _weighed(attention: Branch, mlp: Branch, h: Tensor, inputs: AttentionInputs) -> Tensor:
+    """h + r · (layer(h) − h) (arXiv 2404.02258, eq. 1); who skips the layer stays as it is."""
+    out = _branches(attention, mlp, h, inputs)
+    observer = attention.call.observer
+    if observer is not None and observer.ungated:
+        return out
+    assert attention.gate is not None
+    r = gate_value(attention.gate, attention.read(h))
+    # In this order skipped tokens (out = h) and r = 1 lose nothing to rounding.
+    return (out.float() + (r - 1.0) * (out.float() - h.float())).to(h.dtype)
+
+
+def _branches(
+    attention: Branch, mlp: Branch, hidden_states: Tensor, inputs: AttentionInputs
+) -> Tensor:
+    call = attention.call
+    if call.state.family.is_parallel(attention.layer):
         return _parallel(attention, mlp, hidden_states, inputs)
     h = _attention(attention, hidden_states, hidden_states, inputs)
     # Masked execution owns nothing, and a graph cannot compare addresses.
@@ -97,41 +127,65 @@ def _attention(branch: Branch, h: Tensor, base: Tensor, inputs: AttentionInputs)
     """``base`` plus what the branch, which reads ``h``, adds to it."""
     call = branch.call
     keep = branch.decide(h)
-    copies = call.state.config.kv_source == "previous"
     if keep is None or call.masked:
         x, u = branch.inputs(h)
-        cache = inputs.cache
-        writer = _masked_writer(branch, inputs, keep) if copies else None
-        o = _attend_whole(branch, x, inputs, writer or cache)
-        if writer is not None and writer.written is not None:
-            call.kv[branch.key[0]] = writer.written
+        o = _attend_whole(branch, x, inputs, _masked_writer(branch, x, inputs, keep))
         return _finish_whole(branch, h, base, u, o, keep)
     if call.single:
-        return _attention_single(branch, h, base, inputs, keep, copies)
-    return _attention_compacted(branch, h, base, inputs, keep, copies)
+        return _attention_single(branch, h, base, inputs, keep)
+    return _attention_compacted(branch, h, base, inputs, keep)
 
 
-def _attend_whole(branch: Branch, x: Tensor, inputs: AttentionInputs, cache: Any) -> Tensor:
-    """What the attention adds for all tokens."""
-    call, arguments = branch.call, inputs.whole(cache)
-    if torch.is_grad_enabled() and not call.masked and _takes_flat(branch.module, call):
-        rows = inputs.mask_rows(call, branch.key[0])
+def _attend_whole(
+    branch: Branch, x: Tensor, inputs: AttentionInputs, writer: CacheWriter | None
+) -> Tensor:
+    """What the attention adds for all tokens; a writer's keys and values are remembered."""
+    call, layer = branch.call, branch.key[0]
+    arguments = inputs.whole(inputs.cache if writer is None else writer)
+    if isinstance(writer, HidingWriter):
+        writer.mask = arguments["attention_mask"] = whole_mask(inputs, call, layer)
+    elif torch.is_grad_enabled() and not call.masked and _takes_flat(branch.module, call):
+        rows = inputs.mask_rows(call, layer)
         if rows is not None and rows.plain:
             arguments["attention_mask"] = None
             with CausalAttention():
-                return branch.out(branch.module(hidden_states=x, **arguments)[0])
-    return branch.out(branch.module(hidden_states=x, **arguments)[0])
+                return _told(branch, branch.module(hidden_states=x, **arguments)[0], writer)
+    return _told(branch, branch.module(hidden_states=x, **arguments)[0], writer)
 
 
-def _masked_writer(branch: Branch, inputs: AttentionInputs, keep: Tensor | None) -> CacheWriter:
-    """Passes all K/V on, with skipped tokens' replaced by the previous layer's."""
+def _told(branch: Branch, o: Tensor, writer: CacheWriter | None) -> Tensor:
+    """What is added; later layers are told what a writer wrote."""
+    if writer is not None and writer.written is not None and branch.source_is("previous"):
+        branch.call.kv[branch.key[0]] = writer.written
+    return branch.out(o)
+
+
+def _plain_writer(branch: Branch, inputs: AttentionInputs) -> CacheWriter | None:
+    """What stands in for the cache where everybody is kept; None: the cache itself."""
     call = branch.call
-    fill_N = fill = None
+    if branch.source_is("previous"):
+        return CacheWriter(inputs.cache, call.batch, call.new)
+    if branch.source_is("none") and hidden_before(inputs.cache, branch.key[0]):
+        return HidingWriter(inputs.cache, call.batch, call.new)
+    return None
+
+
+def _masked_writer(
+    branch: Branch, x: Tensor, inputs: AttentionInputs, keep: Tensor | None
+) -> CacheWriter | None:
+    """Passes all K/V on, with skipped tokens' replaced by the previous layer's, or by nothing."""
+    call = branch.call
+    if keep is None or branch.source_is("project"):
+        return _plain_writer(branch, inputs)
+    fill_N = (~keep & call.everyone()).flatten().nonzero()[:, 0]
+    if branch.source_is("none"):
+        fill = blank(call, x, fill_N.shape[0])
+        return HidingWriter(inputs.cache, call.batch, call.new, fill_N=fill_N, fill=fill)
     source = branch.source
-    if keep is not None and source is not None:
-        fill_N = (~keep & call.everyone()).flatten().nonzero()[:, 0]
-        k, v = call.kv[source]
-        fill = (flat_tokens(k, fill_N), flat_tokens(v, fill_N))
+    if source is None:
+        return _plain_writer(branch, inputs)
+    k, v = call.kv[source]
+    fill = (flat_tokens(k, fill_N), flat_tokens(v, fill_N))
     return CacheWriter(inputs.cache, call.batch, call.new, fill_N=fill_N, fill=fill)
 
 
@@ -158,22 +212,23 @@ def _finish_whole(
 
 
 def _attention_single(
-    branch: Branch, h: Tensor, base: Tensor, inputs: AttentionInputs, keep: Tensor, copies: bool
+    branch: Branch, h: Tensor, base: Tensor, inputs: AttentionInputs, keep: Tensor
 ) -> Tensor:
     call, gate = branch.call, branch.gate
     layer, attention = branch.key[0], branch.module
     assert gate is not None
     if keep is YES or bool(keep):
         x, u = branch.inputs(h)
-        writer = CacheWriter(inputs.cache, 1, 1) if copies else None
-        o = attention(hidden_states=x, **inputs.whole(writer or inputs.cache))[0]
-        if writer is not None and writer.written is not None:
-            call.kv[layer] = writer.written
-        return branch.join(base, branch.out(o), u)
+        o = _attend_whole(branch, x, inputs, _plain_writer(branch, inputs))
+        return branch.join(base, o, u)
     call.computed[branch.key] = torch.zeros(1, dtype=torch.int64)
-    if copies:
-        assert branch.source is not None
-        k, v = call.kv[layer] = call.kv[branch.source]
+    if not branch.source_is("project"):
+        if branch.source_is("previous"):
+            assert branch.source is not None
+            k, v = call.kv[layer] = call.kv[branch.source]
+        else:
+            hidden_before(inputs.cache, layer)  # refuses a cache that loses the mark
+            k, v = (t.transpose(0, 1)[None] for t in blank(call, h, 1))
         if inputs.cache is not None:
             inputs.cache.update(k, v, layer)
         if branch.compensation is None:
@@ -189,7 +244,7 @@ def _attention_single(
 
 
 def _attention_compacted(
-    branch: Branch, h: Tensor, base: Tensor, inputs: AttentionInputs, keep: Tensor, copies: bool
+    branch: Branch, h: Tensor, base: Tensor, inputs: AttentionInputs, keep: Tensor
 ) -> Tensor:
     call, gate = branch.call, branch.gate
     layer, attention = branch.key[0], branch.module
@@ -202,20 +257,21 @@ def _attention_compacted(
         return _attention_fused(branch, flat, inputs, chosen).view_as(h)
     if kept.shape[0] == keep.numel():
         x, u = (t.view_as(h) for t in branch.inputs_at(flat, None))
-        writer = CacheWriter(inputs.cache, call.batch, call.new) if copies else None
-        all_o = _attend_whole(branch, x, inputs, writer or inputs.cache)
-        if writer is not None and writer.written is not None:
-            call.kv[layer] = writer.written
+        all_o = _attend_whole(branch, x, inputs, _plain_writer(branch, inputs))
         out = branch.join(base, all_o, u).flatten(0, 1)
         return _learnable(branch, out, all_o.flatten(0, 1), u.flatten(0, 1), kept).view_as(h)
     rounded = torch.is_grad_enabled() and skip.shape[0] > 0
     x_skip = u_skip = None
-    if not copies or branch.compensation is not None:
+    if branch.source_is("project") or branch.compensation is not None:
         x_skip, u_skip = branch.inputs_at(flat, skip, rounded=rounded)
-    if copies:
+    if branch.source_is("previous"):
         assert branch.source is not None
         k, v = call.kv[branch.source]
         fill = (flat_tokens(k, skip), flat_tokens(v, skip))
+    elif branch.source_is("none"):
+        hidden_before(inputs.cache, layer)  # refuses a cache that loses the mark
+        need_tensor(inputs)
+        fill = blank(call, flat, skip.shape[0])
     else:
         assert x_skip is not None
         where, n = repeated(skip, x_skip.shape[0]), skip.shape[0]
@@ -231,7 +287,7 @@ def _attention_compacted(
         writer, o, u = _attend_grid(branch, flat, inputs, keep, chosen, fill)
     if o is not None:
         out = _learnable(branch, branch.join_at(out, flat_base, o, u, kept), o, u, kept)
-    if copies:
+    if branch.source_is("previous"):
         assert writer.written is not None
         call.kv[layer] = writer.written
     return _compensate(branch, out, skip, u_skip).view_as(h)
@@ -281,7 +337,8 @@ def _attend_flat(
     rounded = torch.is_grad_enabled() and n > 0
     x, u = branch.inputs_at(flat, kept, rounded=rounded)
     padding = u.shape[0] - n
-    writer = CacheWriter(
+    hides = branch.source_is("none")
+    writer = (HidingWriter if hides else CacheWriter)(
         inputs.cache, call.batch, call.new, kept_N=kept, fill_N=chosen.skipped, fill=fill,
         slots_N=torch.arange(n, device=kept.device) if padding else None,
     )  # fmt: skip
@@ -292,10 +349,11 @@ def _attend_flat(
     call.padding[branch.key] = padding
     mask_rows = inputs.mask_rows(call, layer)
     assert mask_rows is not None
-    grid = Grid(kept, chosen.counts, call.new, plain=mask_rows.plain, dtype=flat.dtype)
+    plain = mask_rows.plain and not hides
+    grid = Grid(kept, chosen.counts, call.new, plain=plain, dtype=flat.dtype)
     where = repeated(kept, u.shape[0])
     arguments = inputs.flat_queries(writer, where, call.batch)
-    with GridAttention(grid, mask_rows, padding):
+    with GridAttention(grid, mask_rows, padding, hides=hides):
         o = branch.module(hidden_states=x[None], **arguments)[0]
     return writer, branch.out(o)[0, :n], u[:n]
 
@@ -311,7 +369,8 @@ def _attend_grid(
     """Kept tokens as a rectangle of rows, ragged ones padded; returns as :func:`_attend_flat`."""
     call, layer, kept = branch.call, branch.key[0], chosen.kept
     position, rows, slots = grid_of(keep, kept)
-    writer = CacheWriter(
+    hides = branch.source_is("none")
+    writer = (HidingWriter if hides else CacheWriter)(
         inputs.cache, call.batch, call.new,
         kept_N=kept, slots_N=slots, fill_N=chosen.skipped, fill=fill, rows_R=rows,
     )  # fmt: skip
@@ -322,6 +381,9 @@ def _attend_grid(
     index_RT = flat_positions(position, rows, call.new)
     x, u = branch.inputs_at(flat, index_RT.view(-1))
     arguments = inputs.queries(writer, position, rows, call, layer)
+    if isinstance(writer, HidingWriter):
+        mask = grid_mask(arguments["attention_mask"], inputs, call, layer, position.shape[0])
+        writer.mask = arguments["attention_mask"] = mask
     o = branch.module(hidden_states=x.view(*index_RT.shape, -1), **arguments)[0]
     o = branch.out(o).flatten(0, 1)
     return writer, *((o, u) if slots is None else (o[slots], u[slots]))
@@ -352,7 +414,7 @@ def _learnable(branch: Branch, out_NH: Tensor, o_MH: Tensor, u_MH: Tensor, kept:
         return out_NH
     assert gate is not None
     threshold = call.thresholds[branch.key]
-    gained = o_MH if branch.before else None
+    gained = o_MH if branch.apart else None
     change = call.objective.decision(gate, o_MH, u_MH, threshold, branch.compensation, gained)
     return out_NH if change is None else out_NH.index_add(0, kept, change.to(out_NH.dtype))
 

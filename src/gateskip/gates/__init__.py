@@ -13,6 +13,7 @@ _BUILT_IN = {
     "grouped": "GroupedGate",
     "low_rank": "LowRankGate",
     "mlp": "MlpGate",
+    "router": "RouterGate",
     "scalar": "ScalarGate",
     "shared": "SharedGate",
     "unit": "UnitGate",

@@ -20,6 +20,7 @@ _BUILT_IN = {
     "every_second": "static:EverySecond",
     "gate_norm": "gate_norm:GateNorm",
     "llm_drop": "llm_drop:LLMDrop",
+    "mixture_of_depths": "mixture_of_depths:MixtureOfDepths",
     "position": "position:Position",
     "random": "random:Random",
     "shortgpt": "shortgpt:ShortGPT",

@@ -12,6 +12,7 @@ from gateskip.config import GateConfig, one_of
 from gateskip.execution.api import attach
 from gateskip.retrofit.attach import inner_model
 from gateskip.skipping.state import GateSkipState, state_of
+from gateskip.training.config import GateSkipTrainingConfig
 
 __all__ = ["Method", "bare", "is_gated"]
 
@@ -22,10 +23,12 @@ class Method(ABC):
 
     Attributes:
         paper: where it comes from. causal: see :class:`~gateskip.skipping.rule.Rule`.
+        trained: whether it is of no use before it is trained.
     """
 
     paper: ClassVar[str]
     causal: ClassVar[bool] = True
+    trained: ClassVar[bool] = False
 
     @classmethod
     def of(cls, name: str, options: dict[str, Any]) -> Self:
@@ -34,6 +37,14 @@ class Method(ABC):
         for option in options:
             one_of(f"option of {name!r}", option, known)
         return cls(**options)
+
+    def training(self, model: nn.Module, compute: float) -> GateSkipTrainingConfig:
+        """How a model with the method in place is trained for a budget, ``compute`` of the dense
+        MACs; the trainer's arguments are the caller's.
+
+        By default the backbone trains while tokens skip, at budgets drawn between 1 and this one.
+        """
+        return GateSkipTrainingConfig(budget_end=compute, schedule="sampled")
 
     @abstractmethod
     def apply(self, model: nn.Module, data: Any, tokenizer: Any = None) -> nn.Module:

@@ -22,6 +22,7 @@ from gateskip.errors import ConfigError
 from gateskip.methods.base import Method, bare
 from gateskip.skipping.policy import OFF, ThresholdTable
 from gateskip.skipping.state import GateSkipState
+from gateskip.training.config import GateSkipTrainingConfig
 
 __all__ = ["EverySecond", "Static", "removal_table"]
 
@@ -44,11 +45,17 @@ class Static(Method):
     ) -> Sequence[Group]:
         """Groups of branches, what matters least first."""
 
+    def training(self, model: nn.Module, compute: float) -> GateSkipTrainingConfig:
+        """What is left trains, with a budget's branches gone from the first step on."""
+        return GateSkipTrainingConfig(
+            budget_start=compute, budget_end=compute, schedule="constant", train_compensation=False
+        )
+
     def apply(self, model: nn.Module, data: Any, tokenizer: Any = None) -> nn.Module:
         samples = take_tokens(encode(data, tokenizer, 512), self.max_tokens)
         if not samples:
             raise ConfigError("data is empty; give some text.")
-        state = bare(model)
+        state = bare(model, kv_source="none")  # what is removed has no keys
         groups = self.order(model, state, samples)
         state.policy = removal_table(state, groups, samples)
         return model

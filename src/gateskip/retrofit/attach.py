@@ -141,7 +141,7 @@ def install(
     _check_layers(model, family)
     generator = torch.Generator().manual_seed(config.seed)
     hidden: int = cast(Any, model).config.hidden_size
-    gate_class = GATES.get(config.kind)
+    gate_classes = {kind: GATES.get(config.kind_of(kind)) for kind in config.branches}
     try:
         classes: dict[type[nn.Module], type[nn.Module]] = {}
         common: dict[str, Gate] = {}
@@ -151,11 +151,11 @@ def install(
                 if not config.gates((index, kind)):
                     continue
                 module = branch_module(layer, family, kind)
-                gate = common.get(kind)
+                gate, gate_class = common.get(kind), gate_classes[kind]
                 if gate is None:
                     gate = gate_class.build(config, hidden, generator)
                     gate.detach_input = config.detach_input
-                    if config.importance == "head":
+                    if config.importance == "head" and config.kind_of(kind) != "unit":
                         gate.add_head(hidden)
                     gate.to(device_of(module))
                     gate.train(module.training)

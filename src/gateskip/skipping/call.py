@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gateskip.config import BranchKey, RowBudgets
 from gateskip.errors import BudgetError, UnsupportedError
 from gateskip.skipping.policy import OFF
-from gateskip.skipping.quantile import BatchQuantile
+from gateskip.skipping.quantile import FromBatch
 from gateskip.skipping.state import GateSkipState, Override, Thresholds, effective_budget
 
 __all__ = ["Call"]
@@ -29,7 +29,7 @@ class Call:
         alike: every gate's value is one dot product in this call (for the ledger).
         valid_BT: True for real tokens, bool; None when all are.
         protected_BT: True for tokens that no branch may skip, bool; None when there is none.
-        thresholds: τ per gated branch, a number, float32 ``[]`` or ``[B]``, or a BatchQuantile;
+        thresholds: τ per gated branch, a number, float32 ``[]`` or ``[B]``, or one from the batch;
             None keeps everything.
         keep: decisions, ``(layer, kind)`` to bool ``[B, T]``.
         computed: rows that really entered a branch's projections, per batch row, ``[B]``.
@@ -130,6 +130,11 @@ class Call:
             return self.valid_BT
         return torch.ones(self.batch, self.new, dtype=torch.bool, device=self.device)
 
+    def free(self) -> Tensor:
+        """Valid tokens that a branch may skip, bool ``[B, T]``."""
+        valid_BT = self.everyone()
+        return valid_BT if self.protected_BT is None else valid_BT & ~self.protected_BT
+
     def decide(self, key: BranchKey, score_BT: Tensor) -> Tensor:
         """keep = valid and (s ≥ τ or protected), recorded; bool ``[B, T]``."""
         if key in self.keep:
@@ -139,18 +144,13 @@ class Call:
         if self.forced is not None:
             keep_BT = self.forced[key].to(self.device)
         elif self.held is not None and self.new > 1:
-            free_BT = valid_BT = self.everyone()
-            if self.protected_BT is not None:
-                free_BT = valid_BT & ~self.protected_BT
+            free_BT, valid_BT = self.free(), self.everyone()
             keep_BT = self.held.scan(key, score_BT, free_BT) | (valid_BT & ~free_BT)
         else:
             assert self.thresholds is not None
             threshold = self.thresholds[key]
-            if isinstance(threshold, BatchQuantile):
-                valid_BT = free_BT = self.everyone()
-                if self.protected_BT is not None:
-                    free_BT = valid_BT & ~self.protected_BT
-                threshold = threshold.threshold(score_BT, free_BT, int(valid_BT.sum()))
+            if isinstance(threshold, FromBatch):
+                threshold = threshold.threshold(score_BT, self.free(), self.everyone())
             if isinstance(threshold, Tensor) and threshold.dim():
                 threshold = threshold[:, None]
             keep_BT = score_BT >= threshold

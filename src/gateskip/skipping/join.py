@@ -12,15 +12,16 @@ from torch import Tensor
 from gateskip import kernels
 from gateskip.gates import Gate
 
-__all__ = ["join", "join_at", "scale"]
+__all__ = ["gate_value", "join", "join_at", "scale"]
 
 
 def scale(x: Tensor, u: Tensor, gate: Gate) -> Tensor:
     """g(u) ⊙ x, same shape and dtype as x: a branch's input where the gate acts before it."""
-    return (_value(gate, u) * x.float()).to(x.dtype)
+    return (gate_value(gate, u) * x.float()).to(x.dtype)
 
 
-def _value(gate: Gate, u: Tensor) -> Tensor:
+def gate_value(gate: Gate, u: Tensor) -> Tensor:
+    """g(u), float32 ``[..., H]`` or ``[..., 1]``."""
     g: Tensor = gate(u.detach() if gate.detach_input else u)
     return g
 
@@ -42,7 +43,7 @@ def join(
             u_BTH.view(-1, width), gate, None, score_N,
         )  # fmt: skip
         return out
-    g = _value(gate, u_BTH)
+    g = gate_value(gate, u_BTH)
     if h_BTH.dtype == torch.float32:
         return h_BTH + g * o_BTH
     if torch.is_grad_enabled():

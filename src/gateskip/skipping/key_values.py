@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from gateskip.retrofit.families import FamilySpec
 from gateskip.retrofit.families.spec import sliceable
 
-__all__ = ["CacheWriter", "flat_tokens", "project_kv"]
+__all__ = ["CacheWriter", "absent", "flat_tokens", "project_kv"]
 
 
 def project_kv(
@@ -148,3 +148,8 @@ class CacheWriter:
 def flat_tokens(kv_BKTD: Tensor, index_N: Tensor) -> Tensor:
     """Rows ``[N, K, D]`` of flat token indices out of ``[B, K, T, D]``."""
     return kv_BKTD.transpose(1, 2).flatten(0, 1).index_select(0, index_N)
+
+
+def absent(k_BKSD: Tensor) -> Tensor:
+    """Keys of zeros, which no token has (``kv_source="none"``), bool ``[B, S]``."""
+    return (k_BKSD[:, 0] == 0).all(-1)

@@ -1,7 +1,7 @@
-"""Thresholds taken from the batch itself: the paper's rule (arXiv 2510.13876, section 3).
+"""Thresholds taken from the batch itself: the paper's rule (arXiv 2510.13876, section 3); top-k.
 
-Not causal: whether a token is skipped depends on later tokens and on the other rows. For training,
-and for comparing; calibrated thresholds decide alike in prefill, decoding and any batch.
+Not causal: whether a token is skipped depends on later tokens, and may on the other rows. For
+training, and for comparing; calibrated thresholds decide alike in prefill, decoding and any batch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["BatchQuantile", "lowest"]
+__all__ = ["BatchQuantile", "FromBatch", "SequenceTopK", "lowest"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,13 +21,36 @@ class BatchQuantile:
 
     keep: float
 
-    def threshold(self, score_BT: Tensor, free_BT: Tensor, valid: int) -> Tensor:
+    def threshold(self, score_BT: Tensor, free_BT: Tensor, valid_BT: Tensor) -> Tensor:
         """τ, a float32 scalar.
 
         Args:
-            free_BT: tokens that may be skipped. valid: tokens of which ``keep`` is a share.
+            free_BT: tokens that may be skipped. valid_BT: tokens of which ``keep`` is a share.
         """
-        return lowest(score_BT[free_BT], (1.0 - self.keep) * valid)
+        return lowest(score_BT[free_BT], (1.0 - self.keep) * int(valid_BT.sum()))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SequenceTopK:
+    """In the place of a threshold: every sequence keeps its k = ⌈keep · T⌉ highest tokens.
+
+    Expert choice of Mixture-of-Depths (arXiv 2404.02258, section 3.3); protected tokens count. Not
+    causal, but no row depends on another. Ties keep more than k, never fewer.
+    """
+
+    keep: float
+
+    def threshold(self, score_BT: Tensor, free_BT: Tensor, valid_BT: Tensor) -> Tensor:
+        """τ of every row, float32 ``[B]``; arguments as in :meth:`BatchQuantile.threshold`."""
+        count_B = valid_BT.sum(1)
+        k_B = (self.keep * count_B.double() - 1e-6).ceil().long() - (count_B - free_BT.sum(1))
+        ranked = score_BT.masked_fill(~free_BT, -math.inf).sort(dim=1, descending=True).values
+        last_B = ranked.gather(1, (k_B - 1).clamp(min=0)[:, None])[:, 0]
+        nobody_B = ranked[:, 0] + 1.0 + ranked[:, 0].abs()  # above every score
+        return torch.where(k_B > 0, last_B, nobody_B)
+
+
+FromBatch = BatchQuantile | SequenceTopK
 
 
 def lowest(scores_N: Tensor, skipped: float) -> Tensor:

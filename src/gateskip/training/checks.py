@@ -70,7 +70,7 @@ def check_thresholds(
         raise ConfigError(f"{what} needs calibration_data= (texts or id tensors).")
     if every or learned:
         check_tokens(count_tokens(encode(calibration_data)))
-    if config.arm != "gateskip" or config.thresholds in ("batch", "running"):
+    if config.arm != "gateskip" or config.thresholds in ("batch", "sequence", "running"):
         return
     if gated.policy is not None:
         for end in (config.budget_end, config.budget_attention, config.budget_mlp):

@@ -14,7 +14,7 @@ BACKBONES = ("frozen", "lora", "full")
 UNITS = ("compute", "keep")
 SCHEDULES = ("linear", "cosine", "constant", "sampled")
 PENALTIES = ("l2", "l1", "kl", "hinge")
-THRESHOLDS = ("calibrated", "batch", "running", "learned")
+THRESHOLDS = ("calibrated", "batch", "sequence", "running", "learned")
 ARMS = ("gateskip", "control")
 TEACHERS = ("before", "itself")
 
@@ -53,9 +53,12 @@ class GateSkipTrainingConfig:
             step between the linearly falling one and 1, so that one model serves all of them.
         thresholds: where training's come from. ``"calibrated"``: the model's, the only ones that
             decide as inference does; ``"batch"``: the paper's quantile of every batch, not causal;
+            ``"sequence"``: the highest of every sequence (Mixture-of-Depths), not causal;
             ``"running"``: an average of each branch's quantiles over steps; ``"learned"``: a
             parameter of each branch, from the calibrated one on. All but the first and the last
             count ``keep``, every branch alike.
+        auxiliary: weight of the loss that teaches scores above 0 to be the ones that
+            ``thresholds="sequence"`` keeps (arXiv 2404.02258, section 3.5).
         threshold_momentum: of ``"running"``. threshold_learning_rate: of ``"learned"``; None takes
             the trainer's.
         calibrate_every: thresholds are found again every so many steps (0: never), on the
@@ -86,7 +89,8 @@ class GateSkipTrainingConfig:
     budget_mlp: float | None = None
     budget_steps: float = 0.5
     schedule: Literal["linear", "cosine", "constant", "sampled"] = "linear"
-    thresholds: Literal["calibrated", "batch", "running", "learned"] = "calibrated"
+    thresholds: Literal["calibrated", "batch", "sequence", "running", "learned"] = "calibrated"
+    auxiliary: float = 0.0
     threshold_momentum: float = 0.9
     threshold_learning_rate: float | None = None
     calibrate_every: int = 0
@@ -123,6 +127,7 @@ class GateSkipTrainingConfig:
             "threshold_learning_rate",
             "decision_gradient",
             "cost_weight",
+            "auxiliary",
             "gate_learning_rate",
             "compensation_learning_rate",
         ):
@@ -162,7 +167,7 @@ class GateSkipTrainingConfig:
 
     def _check_thresholds(self) -> None:
         own = self.budget_attention is not None or self.budget_mlp is not None
-        by_keep = own or self.thresholds in ("batch", "running")
+        by_keep = own or self.thresholds in ("batch", "sequence", "running")
         if by_keep and self.budget_unit != "keep":
             what = "budget_attention and budget_mlp" if own else f"thresholds={self.thresholds!r}"
             raise ConfigError(f"{what} count tokens; set budget_unit='keep'.")
@@ -176,10 +181,14 @@ class GateSkipTrainingConfig:
             )
         if self.thresholds == "learned" and own:
             raise ConfigError("thresholds='learned' have no budgets; leave budget_attention out.")
-        if self.thresholds == "batch" and self.decision_gradient:
+        if self.thresholds in ("batch", "sequence") and self.decision_gradient:
             raise ConfigError(
                 f"decision_gradient={self.decision_gradient!r} needs a threshold that is known "
-                "before the batch; thresholds='batch' has none."
+                f"before the batch; thresholds={self.thresholds!r} has none."
+            )
+        if self.auxiliary and not (self.thresholds == "sequence" and self.train_gates):
+            raise ConfigError(
+                f"auxiliary={self.auxiliary!r} needs thresholds='sequence' and train_gates=True."
             )
         if self.thresholds != "calibrated" and self.calibrate_every:
             raise ConfigError(

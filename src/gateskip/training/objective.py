@@ -19,11 +19,16 @@ from gateskip.config import BranchKey
 from gateskip.errors import UnsupportedError
 from gateskip.gates import Gate, no_autocast
 from gateskip.skipping.call import Call
+from gateskip.skipping.quantile import FromBatch, SequenceTopK
 from gateskip.training.penalty import BY_MEAN
 
 __all__ = ["GateObjective", "SkipMeter", "labelled", "rates_of"]
 
 IGNORED = -100
+
+
+def _moves(gate: Gate) -> bool:
+    return any(p.requires_grad for p in gate.parameters())
 
 
 class GateObjective:
@@ -34,11 +39,13 @@ class GateObjective:
         slopes: per branch, of penalties on the branch's mean.
         temperature: of straight-through decisions, in units of the score; 0: decisions get none.
         costs: MACs that a skip saves, per branch, for the expected cost; None: not asked for.
+        predicts: whether scores learn to be above 0 where the sequence's top-k keeps a token.
 
     Attributes:
         sums: float32 scalars with a graph, one per branch: Σ over valid tokens of the penalty.
         values: without a graph, Σ over valid tokens of the mean g, for penalties on means.
         spent: the same of the soft decision times the branch's share of all MACs.
+        missed: the same of the cross-entropy of that prediction.
         tokens: valid tokens of the forward; of all of them where a loss runs several.
     """
 
@@ -49,7 +56,10 @@ class GateObjective:
         slopes: Mapping[BranchKey, float] | None = None,
         temperature: float = 0.0,
         costs: Mapping[BranchKey, float] | None = None,
+        predicts: bool = False,
     ) -> None:
+        self.predicts = predicts
+        self.missed: dict[BranchKey, Tensor] = {}
         self.penalty, self.slopes, self.temperature = penalty, slopes, temperature
         self.values: dict[BranchKey, Tensor] = {}
         total = sum(costs.values()) if costs else 1.0
@@ -74,10 +84,13 @@ class GateObjective:
                 total = total * self.slopes[key]
             found.append((self.sums, total))
         threshold = None if call.thresholds is None else call.thresholds.get(key)
-        if self.temperature and self.shares and threshold not in (None, -math.inf):
+        known = not isinstance(threshold, FromBatch) and threshold not in (None, -math.inf)
+        if self.temperature and self.shares and known:
             assert threshold is not None
             p_BT = self._soft(gate, u_BTH, threshold)
             found.append((self.spent, (p_BT * valid_BT).sum() * self.shares[key]))
+        if self.predicts and isinstance(threshold, SequenceTopK) and _moves(gate):
+            found.append((self.missed, self._missed(gate, u_BTH, threshold, call)))
         if key in call.learned:
             return  # gradient checkpointing runs this again, for its graph; it counts once
         for where, total in found:
@@ -116,6 +129,18 @@ class GateObjective:
                 gain_MH = gain_MH - instead(u_MH).float()
         return (p_M - p_M.detach())[:, None] * gain_MH
 
+    @staticmethod
+    def _missed(gate: Gate, u_BTH: Tensor, threshold: SequenceTopK, call: Call) -> Tensor:
+        free_BT = call.free()
+        with no_autocast(u_BTH):
+            z_BT = gate.score(u_BTH)
+            least_B = threshold.threshold(z_BT.detach(), free_BT, call.everyone())
+            kept_BT = (z_BT.detach() >= least_B[:, None]).to(z_BT.dtype)
+            each_BT = nn.functional.binary_cross_entropy_with_logits(
+                z_BT, kept_BT, reduction="none"
+            )
+        return (each_BT * free_BT).sum()
+
     def _soft(self, gate: Gate, u: Tensor, threshold: float | Tensor) -> Tensor:
         with no_autocast(u):
             return torch.sigmoid((gate.score(u) - threshold) / self.temperature)
@@ -128,6 +153,11 @@ class GateObjective:
     def cost(self, tokens: Tensor | int | None = None) -> Tensor:
         """Expected share of what skips can save that is spent, over tokens as in :meth:`mean`."""
         total = torch.stack(self._graphs(self.spent)).sum()
+        return total / (self.tokens if tokens is None else tokens)
+
+    def prediction(self, tokens: Tensor | int | None = None) -> Tensor:
+        """Cross-entropy of predicted top-k, mean over branches, over tokens as in :meth:`mean`."""
+        total = torch.stack(self._graphs(self.missed)).mean()
         return total / (self.tokens if tokens is None else tokens)
 
     @staticmethod

@@ -20,7 +20,7 @@ from gateskip.fitting.passes import flat_valid
 from gateskip.retrofit.attach import gate_of, gated_branches
 from gateskip.skipping.call import Call
 from gateskip.skipping.policy import ThresholdTable
-from gateskip.skipping.quantile import BatchQuantile, lowest
+from gateskip.skipping.quantile import BatchQuantile, SequenceTopK, lowest
 from gateskip.skipping.state import state_of
 from gateskip.training.config import GateSkipTrainingConfig
 
@@ -111,8 +111,9 @@ class OwnThresholds:
             return {"thresholds": learned(self.model)}
         if budgets is None:
             return {}
-        if config.thresholds == "batch":
-            keep = {kind: BatchQuantile(b.keep or 1.0) for kind, b in budgets.items()}
+        if config.thresholds in ("batch", "sequence"):
+            made = BatchQuantile if config.thresholds == "batch" else SequenceTopK
+            keep = {kind: made(b.keep or 1.0) for kind, b in budgets.items()}
             return {"thresholds": {key: keep[key[1]] for key in state.branches}}
         if self.running is not None:
             return {"thresholds": self.running.thresholds(state.branches), "scores": self.running}

@@ -226,6 +226,10 @@ class GateSkipMixin:
             cost = objective.cost(tokens)
             self._note("expected_cost", cost)
             found = found + config.cost_weight * cost
+        if objective is not None and objective.missed:
+            missed = objective.prediction(tokens)
+            self._note("top_k_prediction", missed)
+            found = found + config.auxiliary * missed
         waits = self.args.world_size > 1 and not self.args.ddp_find_unused_parameters
         if not found.requires_grad or waits:
             # Where a step skips nobody, compensation has no part in it; on other ranks it may, and
@@ -240,7 +244,7 @@ class GateSkipMixin:
 
     def _objective(self) -> GateObjective | None:
         config = self.gateskip_args
-        if not self._skips or not (config.penalty or config.decision_gradient):
+        if not self._skips or not (config.penalty or config.decision_gradient or config.auxiliary):
             return None
         gated = state_of(self._gated)
         costs = None
@@ -250,7 +254,7 @@ class GateSkipMixin:
         return GateObjective(
             penalty=config.penalty_kind if config.penalty else None,
             slopes=None if self._means is None else self._means.slopes(),
-            temperature=config.decision_gradient, costs=costs,
+            temperature=config.decision_gradient, costs=costs, predicts=config.auxiliary > 0.0,
         )  # fmt: skip
 
     @contextlib.contextmanager
