@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup test fix demo bench docs clean
+.PHONY: setup test fix demo bench docs evidence-docs clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,9 @@ demo-output/gates:
 
 docs: setup
 	$(BIN)/python docs/build.py
+
+evidence-docs: setup
+	$(BIN)/python experiments/evidence.py
 
 clean:
 	rm -rf build dist demo-output .mypy_cache .pytest_cache .ruff_cache

@@ -10,6 +10,7 @@ import typer
 
 from gateskip.cli.bench import bench
 from gateskip.cli.calibrate import calibrate
+from gateskip.cli.compare import compare
 from gateskip.cli.eval import evaluate
 from gateskip.cli.explain import explain
 from gateskip.cli.export import export
@@ -41,6 +42,7 @@ for _name, _command in (
     ("eval", evaluate),
     ("bench", bench),
     ("sweep", sweep),
+    ("compare", compare),
     ("explain", explain),
     ("export", export),
     ("info", info),

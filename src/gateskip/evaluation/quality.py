@@ -24,7 +24,7 @@ from gateskip.retrofit.devices import device_of
 from gateskip.skipping.ledger import Ledger
 from gateskip.skipping.state import override, state_of
 
-__all__ = ["Evaluation", "QualityRow", "evaluate"]
+__all__ = ["Evaluation", "QualityRow", "check_arm", "evaluate"]
 
 ARMS = ("gateskip", "control", "random")
 
@@ -106,6 +106,28 @@ def evaluate(
         return rows + [run.at(budget) for budget in budgets]
 
 
+def check_arm(model: nn.Module, arm: str | None, reference: nn.Module | None) -> str:
+    """The arm that a gated model is to be: as asked, or as the model is.
+
+    Raises:
+        ConfigError: another arm than the model is, or no reference where one is needed.
+    """
+    state = state_of(model)
+    chosen = arm or state.method
+    one_of("arm", chosen, tuple(dict.fromkeys((*ARMS, state.method))))
+    if chosen not in ("control", state.method):
+        raise ConfigError(
+            f"arm={chosen!r}, but the model skips by {state.method!r} "
+            f"(importance={state.config.importance!r})."
+        )
+    if reference is None and (state.tuned or state.backbone_trained):
+        raise ConfigError(
+            "training changed this model's backbone, so it is not the dense model any more; "
+            "pass that one as reference=."
+        )
+    return chosen
+
+
 class Evaluation:
     """The arms of :func:`evaluate` one at a time, on the same tokens; the dense one runs once.
 
@@ -126,19 +148,7 @@ class Evaluation:
         name: str = "",
         seed: int | None = None,
     ) -> None:
-        state = state_of(model)
-        self.arm = arm or state.method
-        one_of("arm", self.arm, tuple(dict.fromkeys((*ARMS, state.method))))
-        if self.arm not in ("control", state.method):
-            raise ConfigError(
-                f"arm={self.arm!r}, but the model skips by {state.method!r} "
-                f"(importance={state.config.importance!r})."
-            )
-        if reference is None and (state.tuned or state.backbone_trained):
-            raise ConfigError(
-                "training changed this model's backbone, so it is not the dense model any more; "
-                "pass that one as reference=."
-            )
+        self.arm = check_arm(model, arm, reference)
         self.model, self.reference = model, reference
         self.name, self.seed = name, seed
         samples = take_tokens(encode(data, tokenizer, max_length), max_tokens)

@@ -1,0 +1,417 @@
+"""Result files of experiments, read strictly, and what they say over seeds.
+
+A run is one JSON object in ``<results>/<bench>/``:
+
+``bench``, ``method`` (a name such as ``gateskip``, ``control``, ``shortgpt``), ``seed``,
+``saved_macs`` (share of decoder MACs that was to be saved), ``accuracy`` and ``loss`` (or null),
+``seconds`` of training (or null), ``config`` (with ``variant`` where it is an ablation) and
+``versions``; optionally ``realised_macs``, ``skip_rate``, ``questions``, ``prefill_speedup``,
+``decode_speedup``, ``peak_memory_mb``, ``dense_accuracy``, ``collapsed`` and ``curve``, a list of
+``[step, loss]``. Other keys are left alone.
+
+A file with ``"trained": false`` and ``rows`` of ``gateskip eval`` holds one method at several
+savings without training: its rows are runs of the bench ``<bench>_untrained``, the dense row once
+for all files, which have to agree on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from gateskip.config import one_of
+from gateskip.errors import DataError
+from gateskip.evaluation.statistics import (
+    Estimate,
+    PairedDifference,
+    estimate,
+    holm,
+    overlap,
+    paired_difference,
+)
+
+__all__ = [
+    "BENCHES",
+    "CONTROL",
+    "DENSE",
+    "GATES",
+    "METRICS",
+    "Comparison",
+    "Run",
+    "Summary",
+    "by_seed",
+    "comparisons",
+    "control_of",
+    "difference",
+    "read_runs",
+    "summaries",
+]
+
+BENCHES: Final = ("lab", "smollm2")
+UNTRAINED: Final = "_untrained"
+GATES: Final = "gateskip"
+#: Methods that compute everything; their saving is 0.
+CONTROL, DENSE = "control", "dense"
+#: The first is better the higher, the second the lower.
+METRICS: Final = ("accuracy", "loss")
+MOST = 1e-9  # rounding of what should be equal
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Run:
+    """One run.
+
+    Attributes:
+        bench, method, seed: as in the file. variant: of an ablation, else empty.
+        saved_macs: share of decoder MACs that was to be saved; realised_macs: that was, net.
+        accuracy, loss: of the test, or None. seconds: of training, or None.
+        collapsed: whether training is known to have failed. file: where it stands.
+        Others: as in the module's head, None where a file has none.
+    """
+
+    bench: str
+    method: str
+    variant: str
+    seed: int
+    saved_macs: float
+    accuracy: float | None
+    loss: float | None
+    seconds: float | None
+    config: Mapping[str, Any]
+    versions: Mapping[str, Any]
+    file: str
+    realised_macs: float | None = None
+    skip_rate: float | None = None
+    questions: int | None = None
+    prefill_speedup: float | None = None
+    decode_speedup: float | None = None
+    peak_memory_mb: float | None = None
+    dense_accuracy: float | None = None
+    collapsed: bool = False
+    curve: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def key(self) -> tuple[str, str, str, float]:
+        """What its seeds have in common."""
+        return (self.bench, self.method, self.variant, self.saved_macs)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Summary:
+    """Runs that differ by seed only.
+
+    Attributes:
+        runs: them, by seed. collapsed: how many of them failed; they count in every mean that they
+            have a figure for. realised_macs: mean, or None where a run has none.
+        accuracy, loss: over seeds that have the figure, or None.
+        accuracy_kept: accuracy as a share of the control's of the same seed, mean of the ratios;
+        loss_ratio: loss, likewise. None without a control of a common seed.
+    """
+
+    bench: str
+    method: str
+    variant: str
+    saved_macs: float
+    runs: tuple[Run, ...]
+    collapsed: int
+    realised_macs: float | None
+    accuracy: Estimate | None
+    loss: Estimate | None
+    accuracy_kept: Estimate | None
+    loss_ratio: Estimate | None
+
+    @property
+    def seeds(self) -> int:
+        """Number of runs."""
+        return len(self.runs)
+
+    def of(self, metric: str) -> Estimate | None:
+        """``accuracy`` or ``loss`` over seeds."""
+        one_of("metric", metric, METRICS)
+        return self.accuracy if metric == "accuracy" else self.loss
+
+    def mean_of(self, field: str) -> float | None:
+        """Mean of a field over the runs that have it; None where none has."""
+        values = [getattr(r, field) for r in self.runs if getattr(r, field) is not None]
+        return sum(values) / len(values) if values else None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Comparison:
+    """Gates beside another method.
+
+    Attributes:
+        metric: ``"accuracy"`` or ``"loss"``. gates, other: runs that have it, at the same saving,
+            or ``other`` computes everything.
+        gain: by how much gates are better (less loss is better) over common seeds; None without.
+        p_holm: ``gain.p_student``, corrected for all comparisons of the bench and metric with
+            methods that skip, or with those that compute everything.
+        verdict: by the two intervals over seeds: ``"better"`` or ``"worse"`` where they are apart,
+            ``"overlap"``, or ``"unknown"`` where one is missing.
+    """
+
+    metric: str
+    gates: Summary
+    other: Summary
+    gain: PairedDifference | None
+    p_holm: float | None
+    verdict: str
+
+
+def read_runs(root: str | Path) -> list[Run]:
+    """All runs in ``root/<bench>/*.json``, by file name; none where there is no such folder.
+
+    Raises:
+        DataError: a damaged file (its name and the field), two files of one run, or files of
+            methods without training that disagree on the dense model.
+    """
+    runs: list[Run] = []
+    dense: dict[tuple[str, str, float], Run] = {}
+    for path in sorted(Path(root).glob("*/*.json")):
+        for run in _read(path):
+            if run.bench.endswith(UNTRAINED) and run.method == DENSE:
+                key = (run.bench, run.method, run.saved_macs)
+                first = dense.setdefault(key, run)
+                if abs((first.loss or 0.0) - (run.loss or 0.0)) > MOST:
+                    raise DataError(
+                        f"{path}: rows: the dense model's loss is {run.loss}, but {first.loss} in "
+                        f"{first.file}; both need the same model and text."
+                    )
+                if first is not run:
+                    continue
+            runs.append(run)
+    known: dict[tuple[Any, ...], Run] = {}
+    for run in runs:
+        other = known.setdefault((*run.key, run.seed), run)
+        if other is not run:
+            raise DataError(
+                f"{run.file} and {other.file} are one run: {run.method!r} "
+                f"{run.variant or 'without variant'}, seed {run.seed}, saved_macs "
+                f"{run.saved_macs:g}; remove one, or name config.variant."
+            )
+    return runs
+
+
+def _read(path: Path) -> list[Run]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: no readable JSON ({error}).") from error
+    if not isinstance(data, dict):
+        raise DataError(f"{path}: has to be one JSON object, not a {type(data).__name__}.")
+    fields = _Fields(path, data)
+    bench = fields.text("bench")
+    if bench not in BENCHES:
+        raise fields.wrong("bench", f"one of {', '.join(map(repr, BENCHES))}")
+    if bench != path.parent.name:
+        raise fields.wrong("bench", f"{path.parent.name!r}, as the file's folder")
+    if data.get("trained") is False and "rows" in data:
+        return _untrained(fields, bench)
+    return [_run(fields, bench)]
+
+
+def _run(fields: _Fields, bench: str) -> Run:
+    curve = fields.data.get("curve") or []
+    pairs = isinstance(curve, list) and all(
+        isinstance(p, list) and len(p) == 2 and all(_is_number(x) for x in p) for p in curve
+    )
+    if not pairs:
+        raise fields.wrong("curve", "a list of [step, loss]")
+    config = fields.mapping("config")
+    variant = config.get("variant") or ""
+    if not isinstance(variant, str):
+        raise DataError(f"{fields.path}: config.variant={variant!r} must be a text.")
+    collapsed = fields.data.get("collapsed", False)
+    if not isinstance(collapsed, bool):
+        raise fields.wrong("collapsed", "true or false")
+    questions = fields.data.get("questions")
+    return Run(
+        bench=bench, method=fields.text("method"), variant=variant,
+        seed=fields.whole("seed", 0), saved_macs=round(fields.number("saved_macs", 0.0, 1.0), 6),
+        accuracy=fields.optional("accuracy", 0.0, 1.0, needed=True),
+        loss=fields.optional("loss", 0.0, needed=True),
+        seconds=fields.optional("seconds", 0.0, needed=True), config=config,
+        versions=fields.mapping("versions"), file=fields.path.name,
+        realised_macs=fields.optional("realised_macs", -math.inf, 1.0),
+        skip_rate=fields.optional("skip_rate", 0.0, 1.0),
+        questions=None if questions is None else fields.whole("questions", 1),
+        prefill_speedup=fields.optional("prefill_speedup", 0.0),
+        decode_speedup=fields.optional("decode_speedup", 0.0),
+        peak_memory_mb=fields.optional("peak_memory_mb", 0.0),
+        dense_accuracy=fields.optional("dense_accuracy", 0.0, 1.0), collapsed=collapsed,
+        curve=tuple((float(step), float(loss)) for step, loss in curve),
+    )  # fmt: skip
+
+
+def _untrained(fields: _Fields, bench: str) -> list[Run]:
+    method, seed = fields.text("method"), fields.whole("seed", 0)
+    config, versions = fields.mapping("config"), fields.mapping("versions")
+    rows = fields.data["rows"]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise fields.wrong("rows", "a list of objects")
+    found = []
+    for index, row in enumerate(rows):
+        own = _Fields(fields.path, row, f"rows[{index}].")
+        is_dense = own.text("arm") == DENSE
+        saved = 0.0 if is_dense else 1.0 - own.number("compute", 0.0, 1.0)
+        run = Run(
+            bench=bench + UNTRAINED, method=DENSE if is_dense else method, variant="",
+            seed=seed, saved_macs=round(saved, 6), accuracy=None, loss=own.number("loss", 0.0),
+            seconds=None, config=config, versions=versions, file=fields.path.name,
+            realised_macs=own.number("macs_saved", -math.inf, 1.0),
+            skip_rate=own.number("skip_rate", 0.0, 1.0),
+        )  # fmt: skip
+        found.append(run)
+    return found
+
+
+class _Fields:
+    """Typed access to an object; every complaint names file and field."""
+
+    def __init__(self, path: Path, data: Mapping[str, Any], prefix: str = "") -> None:
+        self.path, self.data, self.prefix = path, data, prefix
+
+    def wrong(self, name: str, wanted: str) -> DataError:
+        given = repr(self.data[name]) if name in self.data else "missing"
+        return DataError(f"{self.path}: {self.prefix}{name} is {given}; it must be {wanted}.")
+
+    def text(self, name: str) -> str:
+        value = self.data.get(name)
+        if not isinstance(value, str) or not value:
+            raise self.wrong(name, "a text")
+        return value
+
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        value = self.data.get(name)
+        if not isinstance(value, dict):
+            raise self.wrong(name, "an object")
+        return value
+
+    def whole(self, name: str, least: int) -> int:
+        value = self.data.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise self.wrong(name, f"a whole number of at least {least}")
+        return value
+
+    def number(self, name: str, least: float, most: float = math.inf) -> float:
+        value: Any = self.data.get(name)
+        if not _is_number(value) or not least <= value <= most:
+            bounds = f" from {least:g}" if math.isfinite(least) else ""
+            bounds += f" to {most:g}" if math.isfinite(most) else ""
+            raise self.wrong(name, f"a finite number{bounds}")
+        return float(value)
+
+    def optional(
+        self, name: str, least: float, most: float = math.inf, *, needed: bool = False
+    ) -> float | None:
+        """The number, or None for null; a missing one is wrong where the field is ``needed``."""
+        if needed and name not in self.data:
+            raise self.wrong(name, "a number or null")
+        return None if self.data.get(name) is None else self.number(name, least, most)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def by_seed(runs: Iterable[Run], metric: str) -> dict[int, float]:
+    """A figure by seed, of the runs that have it."""
+    return {r.seed: getattr(r, metric) for r in runs if getattr(r, metric) is not None}
+
+
+def control_of(run: Run, runs: Iterable[Run]) -> Run | None:
+    """The control of a run: same bench and seed; of its own variant, if there is one."""
+    found = {
+        r.variant: r
+        for r in runs
+        if (r.method, r.bench, r.seed) == (CONTROL, run.bench, run.seed)
+        and r.variant in (run.variant, "")
+    }
+    return found.get(run.variant) or found.get("")
+
+
+def summaries(runs: Sequence[Run]) -> list[Summary]:
+    """Of runs that differ by seed only, in the order of their keys; means are over seeds."""
+    groups: dict[tuple[str, str, str, float], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.key, []).append(run)
+    controls = [run for run in runs if run.method == CONTROL]
+    found = []
+    for (bench, method, variant, saved), group in sorted(groups.items()):
+        own = tuple(sorted(group, key=lambda r: r.seed))
+        realised = [r.realised_macs for r in own if r.realised_macs is not None]
+        summary = Summary(
+            bench=bench, method=method, variant=variant, saved_macs=saved, runs=own,
+            collapsed=sum(r.collapsed for r in own),
+            realised_macs=sum(realised) / len(own) if len(realised) == len(own) else None,
+            accuracy=_over(by_seed(own, "accuracy")), loss=_over(by_seed(own, "loss")),
+            accuracy_kept=_over(_ratios(own, controls, "accuracy")),
+            loss_ratio=_over(_ratios(own, controls, "loss")),
+        )  # fmt: skip
+        found.append(summary)
+    return found
+
+
+def _over(values: Mapping[int, float]) -> Estimate | None:
+    return estimate(list(values.values())) if values else None
+
+
+def _ratios(runs: Sequence[Run], controls: Sequence[Run], metric: str) -> dict[int, float]:
+    """By seed: the figure as a share of the control's; seeds whose control has 0 are left out."""
+    found = {}
+    for run in runs:
+        control = control_of(run, controls)
+        base = getattr(control, metric) if control is not None else None
+        value = getattr(run, metric)
+        if base and value is not None:
+            found[run.seed] = value / base
+    return found
+
+
+def difference(one: Summary, other: Summary, metric: str) -> PairedDifference | None:
+    """By how much ``one`` is better over common seeds; None where there is none."""
+    first, second = by_seed(one.runs, metric), by_seed(other.runs, metric)
+    if not set(first) & set(second):
+        return None
+    higher_is_better = metric == METRICS[0]
+    return paired_difference(*((first, second) if higher_is_better else (second, first)))
+
+
+def comparisons(found: Sequence[Summary], bench: str, metric: str) -> list[Comparison]:
+    """Gates against every method of a bench, first those that skip, then control and dense.
+
+    Ablations are left out.
+    """
+    known = [s for s in found if s.bench == bench and not s.variant and s.of(metric) is not None]
+    gates = [s for s in known if s.method == GATES]
+    others = [s for s in known if s.method not in (GATES, CONTROL, DENSE)]
+    full = [s for s in known if s.method in (CONTROL, DENSE) and s.saved_macs == 0.0]
+    skipping = [(g, o) for g in gates for o in others if g.saved_macs == o.saved_macs]
+    return _family(skipping, metric) + _family([(g, o) for g in gates for o in full], metric)
+
+
+def _family(pairs: Sequence[tuple[Summary, Summary]], metric: str) -> list[Comparison]:
+    gains = [difference(gates, other, metric) for gates, other in pairs]
+    p_values = [gain.p_student if gain is not None else None for gain in gains]
+    corrected = iter(holm([p for p in p_values if p is not None]))
+    return [
+        Comparison(
+            metric, gates, other, gain, None if p is None else next(corrected),
+            _verdict(gates, other, metric),
+        )
+        for (gates, other), gain, p in zip(pairs, gains, p_values, strict=True)
+    ]  # fmt: skip
+
+
+def _verdict(gates: Summary, other: Summary, metric: str) -> str:
+    ours, theirs = gates.of(metric), other.of(metric)
+    assert ours is not None
+    assert theirs is not None
+    together = overlap(ours.interval, theirs.interval)
+    if together is not False:
+        return "unknown" if together is None else "overlap"
+    return "better" if (ours.mean > theirs.mean) == (metric == METRICS[0]) else "worse"

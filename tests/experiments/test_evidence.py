@@ -1,0 +1,292 @@
+"""The evidence page on made-up results: complete, partial and none; stale pages are found."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+
+import evidence  # noqa: E402
+import evidence_figures  # noqa: E402
+import published  # noqa: E402
+
+from gateskip.evaluation.results import read_runs  # noqa: E402
+from gateskip.evaluation.statistics import holm, t_interval, wilson_interval  # noqa: E402
+
+SEEDS = 3
+#: Mean accuracy by method and saving.
+LEVELS = {
+    ("control", 0.0): 0.90, ("gateskip", 0.0): 0.89, ("gateskip", 0.15): 0.85,
+    ("gateskip", 0.25): 0.60, ("random", 0.15): 0.40, ("random", 0.25): 0.30,
+    ("shortgpt", 0.15): 0.84, ("shortgpt", 0.25): 0.70,
+}  # fmt: skip
+
+
+def write(root: Path, name: str, **fields: Any) -> None:
+    given: dict[str, Any] = {
+        "bench": "lab", "seconds": 60.0,
+        "config": {"steps": 300, "rate": 0.003, "data": "/some/folder"},
+        "versions": {"torch": "2.13.0", "cpu": "some", "date": "never shown"}, "questions": 200,
+    }  # fmt: skip
+    given |= fields
+    path = root / given["bench"] / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(given))
+
+
+def fill(root: Path) -> None:
+    noise = random.Random(0)
+    for (method, saved), level in LEVELS.items():
+        for seed in range(SEEDS):
+            accuracy = round(level + noise.uniform(-0.01, 0.01), 3)
+            write(
+                root, f"{method}_{saved}_{seed}", method=method, saved_macs=saved, seed=seed,
+                accuracy=accuracy, loss=1 - accuracy, realised_macs=saved - 0.002,
+                skip_rate=saved + 0.05, prefill_speedup=1.0 + saved, peak_memory_mb=500 + seed,
+            )  # fmt: skip
+    for seed in range(SEEDS):
+        write(
+            root, f"scalar_{seed}", method="gateskip", saved_macs=0.15, seed=seed,
+            accuracy=0.8 - seed / 100, loss=0.3, config={"variant": "scalar"},
+        )  # fmt: skip
+    write(
+        root, "gateskip_failed", method="gateskip", saved_macs=0.15, seed=9, accuracy=None,
+        loss=None, collapsed=True,
+    )  # fmt: skip
+    write(root, "once", method="every_second", saved_macs=0.15, seed=0, accuracy=0.5, loss=0.5)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    fill(tmp_path / "results")
+    return tmp_path / "results"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, results: Path, page: Path, *more: str) -> None:
+    page.parent.mkdir(exist_ok=True)
+    arguments = ["evidence.py", "--results", str(results), "--page", str(page), *more]
+    monkeypatch.setattr(sys, "argv", arguments)
+    evidence.main()
+
+
+def values(results: Path, method: str, saved: float, metric: str = "accuracy") -> list[float]:
+    return [
+        getattr(r, metric)
+        for r in read_runs(results)
+        if (r.method, r.saved_macs, r.variant) == (method, saved, "")
+        and getattr(r, metric) is not None
+    ]
+
+
+def row(text: str, start: str, nth: int = 0) -> list[str]:
+    lines = [line for line in text.splitlines() if line.startswith(f"| {start} |")]
+    return [cell.strip() for cell in lines[nth].strip("|").split("|")]
+
+
+def test_tables(results: Path) -> None:
+    text = evidence.page(read_runs(results))
+    found = values(results, "gateskip", 0.15)
+    interval = t_interval(found)
+    mean = f"{100 * sum(found) / 3:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}] (3)"
+    assert row(text, "`gateskip`")[2] == f"{mean}, 1 without, 1 collapsed"
+    assert row(text, "`control`")[2] == "", "it saves nothing"
+    assert row(text, "`every_second`")[2] == "50.0 – (1)"
+    by = wilson_interval(100, 200)
+    single = f"`every_second` at 15 % [{100 * by.low:.1f}, {100 * by.high:.1f}] of 200."
+    assert f"(Wilson): {single}" in text
+    assert "29 runs. The same in all, variants apart: rate 0.003, steps 300." in text
+    assert "Not at the same net saving" not in text
+    assert "Made with torch 2.13.0, cpu some." in text
+    assert "never shown" not in text
+    assert "14.8 % (20 % of pairs)" in text
+    kept = values(results, "random", 0.25)
+    control = values(results, "control", 0.0)
+    share = sum(a / c for a, c in zip(kept, control, strict=True)) / 3
+    assert f"{100 * share:.1f} [" in text
+    assert "| `shortgpt` | 25 % | 60 | 1.25× | 501 |" in text
+    assert row(text, "`gateskip`", -1)[:3] != []
+    variant = next(line for line in text.splitlines() if line.startswith("| `gateskip` | scalar |"))
+    assert variant.split(" | ")[3].startswith("79.0 [")
+    assert "## Beside the published figures" in text
+    assert row(text, "scalar gate")[1:] == [
+        "20.4", "87.9", "79.0 [76.5, 81.5] (3)", f"{79.0 / (sum(found) / 3):.1f}"
+    ]  # fmt: skip
+
+
+def test_what_all_runs_have_in_common(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        config = {"steps": 300, "rate": seed, "variant": "", "list": [1]}
+        write(
+            tmp_path, str(seed), method="control", saved_macs=0, seed=seed, accuracy=0.5,
+            loss=1.0, config=config,
+        )  # fmt: skip
+    assert "2 runs. The same in all, variants apart: steps 300." in evidence.page(
+        read_runs(tmp_path)
+    )
+
+
+def test_differences_are_paired_and_corrected(results: Path) -> None:
+    text = evidence.page(read_runs(results))
+    first = text.split("### Gates beside the others: accuracy")[1].split("###")[0]
+    lines = [line for line in first.splitlines() if line.startswith("| ")][1:]
+    cells = {
+        (c[0], c[1]): c for c in ([x.strip() for x in li.strip("|").split("|")] for li in lines)
+    }
+    gates, others = (values(results, m, 0.25) for m in ("gateskip", "shortgpt"))
+    gain = t_interval([100 * (g - o) for g, o in zip(gates, others, strict=True)])
+    middle = (gain.low + gain.high) / 2
+    told = f"{middle:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}] (3)"
+    assert cells["25 %", "`shortgpt`"][4] == told
+    assert cells["25 %", "`shortgpt`"][8] == "apart, gates worse"
+    assert cells["15 %", "`random`"][8] == "apart, gates better"
+    assert cells["15 %", "`random`"][6] == "0.250", "two of eight sign patterns"
+    assert cells["15 %", "`every_second`"][5:] == ["–", "–", "–", "one seed"]
+    assert cells["15 %", "`control`"][8] == "apart, gates worse"
+    skipping = [
+        ("15 %", "`random`"),
+        ("15 %", "`shortgpt`"),
+        ("25 %", "`random`"),
+        ("25 %", "`shortgpt`"),
+    ]
+    p = {key: cells[key][5] for key in skipping}
+    if all("<" not in value for value in p.values()):
+        corrected = dict(zip(p, holm([float(v) for v in p.values()]), strict=True))
+        for key in skipping:
+            assert float(cells[key][7]) == pytest.approx(corrected[key], abs=0.01)
+
+
+def test_unequal_savings_are_said(results: Path) -> None:
+    for file in results.glob("lab/shortgpt_0.25_*.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"realised_macs": 0.29}))
+    text = evidence.page(read_runs(results))
+    told = "Not at the same net saving: `shortgpt` at 25 % saved 29 %, gates 24.8 %."
+    assert text.count(told) == 2, "with accuracy and with loss"
+
+
+def test_where_gates_lose_is_computed(results: Path) -> None:
+    text = evidence.page(read_runs(results))
+    part = text[text.index("### Where gates lose") : text.index("### Time and memory")]
+    accuracy, loss = part.split("By loss, against methods that skip")
+    assert "gates are better, with intervals apart, in 2 of 5 comparisons. They are not" in accuracy
+    bullets = [line for line in accuracy.splitlines() if line.startswith("- ")]
+    assert [b.split(":")[0] for b in bullets] == [
+        "- `every_second` at 15 %", "- `shortgpt` at 15 %", "- `shortgpt` at 25 %",
+        "- `control` at 0 %", "- `control` at 15 %", "- `control` at 25 %",
+    ]  # fmt: skip
+    assert "without a second seed nothing is shown" in bullets[0]
+    assert "the intervals overlap" in bullets[1]
+    assert "**gates lose**, intervals apart" in bullets[2]
+    assert "`random` at" not in accuracy
+    assert "in 2 of 5 comparisons" in loss
+
+
+def test_gates_alone_and_gates_ahead(tmp_path: Path) -> None:
+    for seed in range(3):
+        noise = seed / 100
+        write(
+            tmp_path, f"g{seed}", method="gateskip", saved_macs=0.15, seed=seed, loss=None,
+            accuracy=0.8 + noise,
+        )  # fmt: skip
+    text = evidence.page(read_runs(tmp_path))
+    assert "there is nothing yet to hold gates against among methods that skip" in text
+    assert "### Loss" not in text
+    for seed in range(3):
+        write(
+            tmp_path, f"r{seed}", method="random", saved_macs=0.15, seed=seed, loss=None,
+            accuracy=0.2 + seed / 100,
+        )  # fmt: skip
+    text = evidence.page(read_runs(tmp_path))
+    assert "in 1 of 1 comparisons.\n" in text
+
+
+def test_no_results_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "docs" / "evidence.md"
+    run(monkeypatch, tmp_path / "none", page)
+    text = page.read_text()
+    assert "No results yet." in text
+    assert "## Beside the published figures" in text
+    assert list(page.parent.iterdir()) == [page]
+    run(monkeypatch, tmp_path / "none", page, "--check")
+
+
+def test_every_part_may_be_missing(results: Path) -> None:
+    files = sorted(results.glob("*/*.json"))
+    for file in files[::2]:
+        file.unlink()
+    assert "# Evidence" in evidence.page(read_runs(results))
+    for keep in ("control", "random", "scalar", "once"):
+        for file in results.glob("*/*.json"):
+            if not file.name.startswith(keep):
+                file.rename(file.with_suffix(".aside"))
+        assert "# Evidence" in evidence.page(read_runs(results))
+        for file in results.glob("*/*.aside"):
+            file.rename(file.with_suffix(".json"))
+
+
+def test_figures_and_stale_pages(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "docs" / "evidence.md"
+    figure = page.parent / "figures" / "evidence_lab.svg"
+    with pytest.raises(SystemExit, match=r"evidence\.md, evidence_lab\.svg out of date"):
+        run(monkeypatch, results, page, "--check")
+    assert not page.exists()
+    run(monkeypatch, results, page)
+    run(monkeypatch, results, page, "--check")
+    first = page.read_bytes(), figure.read_bytes()
+    text = " ".join(t for t in ElementTree.parse(figure).getroot().itertext())
+    for label in ("gateskip", "shortgpt", "control", "accuracy, %", "loss, nats per token"):
+        assert label in text
+    assert "date" not in text
+    assert "(figures/evidence_lab.svg)" in page.read_text()
+    run(monkeypatch, results, page)
+    assert (page.read_bytes(), figure.read_bytes()) == first, "deterministic"
+    (page.parent / "figures" / "usage.svg").touch()
+
+    write(results, "later", method="random", saved_macs=0.35, seed=0, accuracy=0.1, loss=3.0)
+    with pytest.raises(SystemExit, match=r"evidence\.md, evidence_lab\.svg out of date"):
+        run(monkeypatch, results, page, "--check")
+    run(monkeypatch, results, page)
+    figure.unlink()
+    with pytest.raises(SystemExit, match=r"error: evidence_lab\.svg out of date"):
+        run(monkeypatch, results, page, "--check")
+    run(monkeypatch, results, page)
+    (figure.parent / "evidence_smollm2.svg").touch()
+    with pytest.raises(SystemExit, match=r"evidence_smollm2\.svg out of date"):
+        run(monkeypatch, results, page, "--check")
+    run(monkeypatch, results, page)
+    assert {p.name for p in figure.parent.iterdir()} == {"evidence_lab.svg", "usage.svg"}
+
+
+def test_a_damaged_file_stops_it(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (results / "lab" / "damaged.json").write_text('{"bench": "lab"}')
+    with pytest.raises(SystemExit, match=r"error: .*damaged\.json: \w+ is missing"):
+        run(monkeypatch, results, tmp_path / "docs" / "evidence.md")
+
+
+def test_points_have_realised_savings(results: Path) -> None:
+    from gateskip.evaluation.results import summaries
+
+    points = evidence_figures.points(summaries(read_runs(results)), "lab")
+    saved, mean, low, high = points["accuracy"]["random"][0]
+    assert saved == pytest.approx(14.8)
+    assert low < mean < high
+    assert "scalar" not in str(points)
+    assert len(points["loss"]["gateskip"]) == 3
+
+
+def test_published_figures_are_what_was_published() -> None:
+    rows = {(r.method, r.model): r.at for r in reversed(published.ACCURACIES)}
+    assert rows["gateskip", "Llama-3.2-1B"] == {0.0: 26.8, 0.15: 23.2, 0.25: 19.8}
+    assert rows["mixture_of_depths", "Llama-3.2-1B"] == {0.0: 20.83, 0.15: 3.96}
+    assert {name: value for _, name, value in published.ABLATIONS}["frozen"] == 12.7
