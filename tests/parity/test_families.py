@@ -10,8 +10,8 @@ import torch
 import gateskip
 from gateskip.retrofit.attach import head_of
 from gateskip.retrofit.families import FAMILIES as REGISTERED
+from gateskip.retrofit.head import LogitHead
 from gateskip.skipping.state import override, state_of
-from gateskip.training.head_loss import LogitHead
 from gateskip.training.objective import GateObjective
 from models import FAMILIES, gated, medians, padded, random_ids, tiny
 

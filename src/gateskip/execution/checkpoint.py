@@ -289,6 +289,7 @@ def fill(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], w
         named = {n.removeprefix(RULE): left.pop(n) for n in tensors if n.startswith(RULE)}
         try:
             state.rule = rule.of_tensors(named)
+            getattr(state.rule, "bind", lambda _: None)(model)
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{where}: rule {rule.name!r} is damaged ({error}).") from error
     filled: set[nn.Module] = set()

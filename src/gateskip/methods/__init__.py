@@ -17,8 +17,10 @@ __all__ = ["METHODS", "Method", "apply"]
 
 METHODS: Registry[type[Method]] = Registry("method", "gateskip.methods")
 _BUILT_IN = {
+    "calm": "calm:Calm",
     "every_second": "static:EverySecond",
     "gate_norm": "gate_norm:GateNorm",
+    "layerskip": "layerskip:LayerSkip",
     "llm_drop": "llm_drop:LLMDrop",
     "mixture_of_depths": "mixture_of_depths:MixtureOfDepths",
     "position": "position:Position",

@@ -37,6 +37,8 @@ class Static(Method):
         max_tokens: tokens of text that the order may look at.
     """
 
+    #: Whether a token decides for whole layers, as training with layer dropout needs.
+    decision: ClassVar[str] = "branch"
     max_tokens: int = 12_000
 
     @abstractmethod
@@ -55,7 +57,7 @@ class Static(Method):
         samples = take_tokens(encode(data, tokenizer, 512), self.max_tokens)
         if not samples:
             raise ConfigError("data is empty; give some text.")
-        state = bare(model, kv_source="none")  # what is removed has no keys
+        state = bare(model, kv_source="none", decision=self.decision)  # what is gone has no keys
         groups = self.order(model, state, samples)
         state.policy = removal_table(state, groups, samples)
         return model

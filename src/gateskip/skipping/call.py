@@ -37,6 +37,8 @@ class Call:
         ids_BT: token ids of the new tokens; None where the model was given embeddings.
         kv: K and V that attention layers wrote for the new tokens (``kv_source="previous"``).
         masks: mask rows of this call, made once by the execution, by what they were made from.
+        memory: of a rule, from one branch of this call to the next.
+        asked: tokens that a rule looked at, ``[B]``, where they are fewer than all valid ones.
         held: what moves the thresholds while the call runs, or None.
         learned: branches from which the objective has taken what this call says.
         single: batch 1, one new token, no padding: the batch-1 decoding path.
@@ -74,6 +76,8 @@ class Call:
         self.objective = over.objective
         self.learned: set[BranchKey] = set()
         self.forced = next(over.forced) if over.forced is not None else None
+        self.memory: dict[Any, Any] = {}
+        self.asked: dict[BranchKey, Tensor] = {}
         self.held: Any = None
         self.masked = over.execution == "masked"
         if self.observer is not None:

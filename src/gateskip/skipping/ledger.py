@@ -27,6 +27,7 @@ class CallRecord:
         keep: decision per gated branch, bool ``[B, T]``.
         computed: rows that entered a branch's projections, per batch row, int64 ``[B]``.
         padding: rows of zeros added to round up a branch's row count; none of them has K/V.
+        asked: per branch whose rule costs something: (tokens that it scored ``[B]``, MACs of one).
         valid_BT: real tokens. keys_BT: visible keys per token.
         decided: whether scores were computed. costs: branch costs at the time.
         kv_bytes: bytes of one cached token (K and V) of one layer.
@@ -41,6 +42,7 @@ class CallRecord:
     costs: dict[BranchKey, BranchCost]
     weight_bytes: int
     kv_bytes: int
+    asked: dict[BranchKey, tuple[Tensor, int]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, call: Call) -> CallRecord:
@@ -62,6 +64,7 @@ class CallRecord:
             costs=costs,
             weight_bytes=shape.weight_bytes,
             kv_bytes=2 * shape.kv_heads * shape.head_dim * shape.weight_bytes,
+            asked=_asked(call, everyone),
         )
 
     def without_padding(self) -> CallRecord:
@@ -69,6 +72,19 @@ class CallRecord:
         does not depend on how tokens are batched."""
         kept = {key: mask.sum(1) for key, mask in self.keep.items()}
         return dataclasses.replace(self, computed=self.computed | kept, padding={})
+
+
+def _asked(call: Call, everyone: Tensor) -> dict[BranchKey, tuple[Tensor, int]]:
+    macs = getattr(call.state.rule, "macs", None)
+    if macs is None or not call.decides:
+        return {}
+    every_B = everyone.sum(1)
+    each = {key: int(macs(key, call.state.shape)) for key in call.state.branches}
+    return {
+        key: (call.asked.get(key, every_B).to(call.device), cost)
+        for key, cost in each.items()
+        if cost
+    }
 
 
 def _sum(values: Tensor) -> Tensor:
@@ -96,6 +112,8 @@ def macs_of(record: CallRecord) -> tuple[Tensor, Tensor]:
         spent += (cost.computed - cost.weights_kv) * added
         if record.decided:
             spent += cost.decision * n_valid
+    for tokens, macs in record.asked.values():
+        spent += macs * tokens.double()
     return dense, spent
 
 
@@ -118,6 +136,8 @@ def bytes_of(record: CallRecord) -> tuple[float, float]:
                 spent += cost.weights_kv * record.weight_bytes
         if record.decided:
             spent += 4 * cost.decision_weights
+    for tokens, macs in record.asked.values():  # as many weights as products for one token
+        spent += macs * record.weight_bytes if bool((tokens > 0).any()) else 0
     return dense, spent
 
 

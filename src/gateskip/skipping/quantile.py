@@ -12,7 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["BatchQuantile", "FromBatch", "SequenceTopK", "lowest"]
+from gateskip.skipping.policy import OFF
+
+__all__ = ["BatchQuantile", "FromBatch", "RowDropout", "SequenceTopK", "lowest"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,7 +52,22 @@ class SequenceTopK:
         return torch.where(k_B > 0, last_B, nobody_B)
 
 
-FromBatch = BatchQuantile | SequenceTopK
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowDropout:
+    """In the place of a threshold: whole sequences skip, each with probability ``rate``.
+
+    Layer dropout of LayerSkip (arXiv 2404.16710, section 4.1); for training.
+    """
+
+    rate: float
+
+    def threshold(self, score_BT: Tensor, free_BT: Tensor, valid_BT: Tensor) -> Tensor:
+        """τ of every row, float32 ``[B]``; arguments as in :meth:`BatchQuantile.threshold`."""
+        gone_B = torch.rand(score_BT.shape[0]).to(score_BT.device) < self.rate
+        return torch.where(gone_B, 2 * OFF, -math.inf)
+
+
+FromBatch = BatchQuantile | SequenceTopK | RowDropout
 
 
 def lowest(scores_N: Tensor, skipped: float) -> Tensor:

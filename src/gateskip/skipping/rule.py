@@ -29,8 +29,11 @@ class Rule(Protocol):
     """What ranks tokens at a branch.
 
     Attributes:
-        name: as in the registry of methods. causal: whether a token's score depends on nothing
+        name: as in the registry of rules. causal: whether a token's score depends on nothing
             after it, and on no other row.
+
+    A rule may also have ``macs(key, shape)``, the MACs of one token's score where they are worth
+    counting, and ``bind(model)``, which is called with the model that it is loaded into.
     """
 
     name: ClassVar[str]
@@ -53,6 +56,7 @@ class Rule(Protocol):
 
 #: Rules by name, so that a checkpoint finds its own.
 RULES: Registry[type[Rule]] = Registry("rule", "gateskip.rules")
+RULES.register("exit", "gateskip.methods.exits:ExitRule")
 RULES.register("position", "gateskip.methods.position:ByPlace")
 RULES.register("token_identity", "gateskip.methods.token_identity:ById")
 

@@ -29,6 +29,11 @@ def check_combination(config: GateSkipTrainingConfig, gated: GateSkipState, argu
             f"decision_gradient={config.decision_gradient} weighs one branch against its cost, but "
             "decision='layer' skips two at once; set it to 0."
         )
+    if config.layer_dropout and gated.config.decision != "layer":
+        raise ConfigError(
+            f"layer_dropout={config.layer_dropout} drops whole layers; attach with "
+            "decision='layer'."
+        )
     if config.arm == "gateskip" and _zero_stage(arguments) == 3:
         raise UnsupportedError(
             "DeepSpeed's zero_optimization stage 3 splits every weight over processes, and one "

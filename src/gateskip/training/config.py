@@ -16,6 +16,7 @@ SCHEDULES = ("linear", "cosine", "constant", "sampled")
 PENALTIES = ("l2", "l1", "kl", "hinge")
 THRESHOLDS = ("calibrated", "batch", "sequence", "running", "learned")
 ARMS = ("gateskip", "control")
+EXIT_LOSSES = ("none", "weighed", "rotating")
 TEACHERS = ("before", "itself")
 
 
@@ -63,6 +64,11 @@ class GateSkipTrainingConfig:
             the trainer's.
         calibrate_every: thresholds are found again every so many steps (0: never), on the
             trainer's ``calibration_data``.
+        exit_loss: what layers before the last learn to predict through the model's own head:
+            ``"weighed"``: all of them, weighed by depth (CALM, arXiv 2207.07061, eq. 6);
+            ``"rotating"``: every fourth one in turn (LayerSkip, arXiv 2404.16710, section 4.2).
+        layer_dropout: probability that a sequence drops the last layer, falling towards the first
+            (LayerSkip, section 4.1); of a model with ``decision="layer"``.
         arm: ``"control"`` trains the same backbone on the same data without gates and skipping.
     """
 
@@ -94,6 +100,8 @@ class GateSkipTrainingConfig:
     threshold_momentum: float = 0.9
     threshold_learning_rate: float | None = None
     calibrate_every: int = 0
+    exit_loss: Literal["none", "weighed", "rotating"] = "none"
+    layer_dropout: float = 0.0
     arm: Literal["gateskip", "control"] = "gateskip"
 
     def __post_init__(self) -> None:
@@ -103,6 +111,16 @@ class GateSkipTrainingConfig:
         one_of("penalty_kind", self.penalty_kind, PENALTIES)
         one_of("thresholds", self.thresholds, THRESHOLDS)
         one_of("arm", self.arm, ARMS)
+        one_of("exit_loss", self.exit_loss, EXIT_LOSSES)
+        if self.exit_loss != "none" and self.distill:
+            raise ConfigError(f"exit_loss={self.exit_loss!r} has no teacher; set distill=0.")
+        if not 0.0 <= self.layer_dropout < 1.0:
+            raise ConfigError(f"layer_dropout={self.layer_dropout!r} must be in [0, 1).")
+        if self.layer_dropout and (self.budget_end < 1.0 or self.thresholds != "calibrated"):
+            raise ConfigError(
+                f"layer_dropout={self.layer_dropout!r} drops layers instead of a budget; set "
+                "budget_end=1.0 and thresholds='calibrated'."
+            )
         one_of("teacher", self.teacher, TEACHERS)
         for name in (
             "budget_start", "budget_end", "budget_steps", "budget_attention", "budget_mlp",

@@ -16,34 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gateskip.retrofit.families import FamilySpec
-
-__all__ = ["CHUNK", "LogitHead", "head_loss"]
+__all__ = ["CHUNK", "head_loss"]
 
 CHUNK = 256  # positions whose logits exist at once
-
-
-class LogitHead(nn.Module):
-    """A family's LM head with what its logits pass: a factor, a divisor, a soft cap."""
-
-    def __init__(self, head: nn.Module, family: FamilySpec, config: Any) -> None:
-        super().__init__()
-        self.head = head
-        names = (family.logit_scale, family.logit_divisor, family.logit_softcap)
-        self.scale, self.divisor, self.softcap = (
-            None if name is None else getattr(config, name, None) for name in names
-        )
-
-    def forward(self, hidden_NH: Tensor) -> Tensor:
-        """Logits ``[N, V]``."""
-        logits: Tensor = self.head(hidden_NH)
-        if self.scale is not None:
-            logits = logits * self.scale
-        if self.divisor is not None:
-            logits = logits / self.divisor
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
 
 
 def head_loss(

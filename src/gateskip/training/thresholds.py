@@ -20,7 +20,7 @@ from gateskip.fitting.passes import flat_valid
 from gateskip.retrofit.attach import gate_of, gated_branches
 from gateskip.skipping.call import Call
 from gateskip.skipping.policy import ThresholdTable
-from gateskip.skipping.quantile import BatchQuantile, SequenceTopK, lowest
+from gateskip.skipping.quantile import BatchQuantile, RowDropout, SequenceTopK, lowest
 from gateskip.skipping.state import state_of
 from gateskip.training.config import GateSkipTrainingConfig
 
@@ -111,6 +111,11 @@ class OwnThresholds:
             return {"thresholds": learned(self.model)}
         if budgets is None:
             return {}
+        if config.layer_dropout:
+            last = max(state.shape.layers - 1, 1)
+            rates = {key: config.layer_dropout * (2.0 ** (key[0] / last) - 1.0)
+                     for key in state.branches}  # fmt: skip
+            return {"thresholds": {key: RowDropout(rate) for key, rate in rates.items()}}
         if config.thresholds in ("batch", "sequence"):
             made = BatchQuantile if config.thresholds == "batch" else SequenceTopK
             keep = {kind: made(b.keep or 1.0) for kind, b in budgets.items()}

@@ -23,6 +23,7 @@ from gateskip.errors import ConfigError, TrainingError, UnsupportedError
 from gateskip.execution.api import dense
 from gateskip.execution.checkpoint import restore, save
 from gateskip.retrofit.attach import head_of, inner_model, is_gated, is_sharded
+from gateskip.retrofit.head import LogitHead
 from gateskip.retrofit.lora import without_lora
 from gateskip.skipping.state import override, state_of
 from gateskip.training import backbone
@@ -36,7 +37,8 @@ from gateskip.training.checkpoints import (
 from gateskip.training.checks import check_combination, check_thresholds
 from gateskip.training.config import GateSkipTrainingConfig
 from gateskip.training.dataset import Collator, SeededLengths, TokenDataset
-from gateskip.training.head_loss import LogitHead, head_loss
+from gateskip.training.exit_loss import exit_weights
+from gateskip.training.head_loss import head_loss
 from gateskip.training.objective import GateObjective, SkipMeter, labelled, rates_of
 from gateskip.training.penalty import BY_MEAN, GateMeans
 from gateskip.training.schedule import budget_at, penalty_at
@@ -114,6 +116,11 @@ class GateSkipMixin:
             raise UnsupportedError(
                 f"distill={config.distill} needs GateSkipTrainer's own loss: one process, no label "
                 "smoothing, no compute_loss_func, no other trainer's; set distill=0."
+            )
+        if config.exit_loss != "none" and not self._plain():
+            raise UnsupportedError(
+                f"exit_loss={config.exit_loss!r} needs GateSkipTrainer's own loss: one process, no "
+                "label smoothing, no compute_loss_func, no other trainer's."
             )
         copied = self._teaches and config.backbone == "full" and config.teacher == "before"
         self._teacher = backbone.dense_copy(self._gated) if copied else None
@@ -295,6 +302,8 @@ class GateSkipMixin:
         decoder, head = self._gated.get_submodule(gated.family.decoder), self._head(self._gated)
         chosen_BT = labelled(labels_BT)
         target_N = labels_BT[:, 1:][chosen_BT]
+        if self.gateskip_args.exit_loss != "none":
+            return self._exit_loss(given, chosen_BT, target_N, items)
         with self.accelerator.autocast():  # the Trainer wraps model.forward, not the decoder's
             hidden_NH = decoder(**given, use_cache=False).last_hidden_state[:, :-1][chosen_BT]
             teacher_NH = self._taught(given)[:, :-1][chosen_BT] if self._teaches else None
@@ -306,6 +315,28 @@ class GateSkipMixin:
         self._note("cross_entropy", entropy / n)
         if self._teaches:
             self._note("distillation", divergence / n)
+        return total / n
+
+    def _exit_loss(
+        self, given: dict[str, Any], chosen_BT: Tensor, target_N: Tensor, items: Any
+    ) -> Tensor:
+        family = state_of(self._gated).family
+        decoder, head = self._gated.get_submodule(family.decoder), self._head(self._gated)
+        norm = getattr(decoder, family.final_norm)
+        n = target_N.shape[0] if items is None else items
+        with self.accelerator.autocast():
+            out = decoder(**given, use_cache=False, output_hidden_states=True)
+            states = [norm(h[:, :-1][chosen_BT]) for h in out.hidden_states[1:-1]]
+            states.append(out.last_hidden_state[:, :-1][chosen_BT])
+            weights = exit_weights(
+                self.gateskip_args.exit_loss, len(states), self.state.global_step
+            )
+            total = torch.zeros((), device=target_N.device)
+            for hidden_NH, weight in zip(states, weights, strict=True):
+                if weight:
+                    loss, entropy, _ = head_loss(head, hidden_NH, target_N)
+                    total = total + weight * loss
+        self._note("cross_entropy", entropy / n)  # of the last layer
         return total / n
 
     def _head(self, model: Any) -> LogitHead:

@@ -17,4 +17,5 @@ FAMILY = FamilySpec(
     qkv="c_attn",
     rotary=None,
     mlp_projections=2,
+    final_norm="ln_f",
 )

@@ -18,4 +18,5 @@ FAMILY = FamilySpec(
     qkv="query_key_value",
     head_dim="head_size",
     mlp_projections=2,
+    final_norm="final_layer_norm",
 )

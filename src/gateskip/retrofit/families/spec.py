@@ -64,6 +64,7 @@ class FamilySpec:
         layer_kind: attribute that tells kinds of attention apart; ``previous`` copies keys and
             values of the last layer of the same kind.
         experts: mixtures of experts. mlp_projections: matrices of a plain MLP.
+        final_norm: the decoder's norm after the last layer.
         logit_scale, logit_divisor, logit_softcap: config fields on what follows the LM head.
         fused_attention: rotary embedding turns the whole head by halves and nothing else happens
             between projections and attention, so the CPU kernels may do it.
@@ -94,6 +95,7 @@ class FamilySpec:
     layer_kind: str | None = None
     experts: Experts | None = None
     mlp_projections: int = 3
+    final_norm: str = "norm"
     logit_scale: str | None = None
     logit_divisor: str | None = None
     logit_softcap: str | None = None
