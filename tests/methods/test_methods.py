@@ -19,7 +19,8 @@ from gateskip import methods
 from gateskip.errors import BudgetError, ConfigError, DataError, UnsupportedError
 from gateskip.execution.api import dense as without_gates
 from gateskip.methods.gate_norm import coupling
-from gateskip.retrofit.attach import layers_of
+from gateskip.retrofit.attach import gated_branches, layers_of
+from gateskip.skipping.compensation import compensation_of
 from gateskip.skipping.policy import OFF
 from gateskip.skipping.rule import rule_of
 from gateskip.skipping.state import override, state_of
@@ -27,7 +28,13 @@ from models import FAMILIES, fed, padded, random_ids, tiny
 
 NAMES = methods.METHODS.names()
 STATIC = ("every_second", "gate_norm", "layerskip", "llm_drop", "shortgpt")
-PLAIN = (*STATIC, "random", "calm", "mixture_of_depths")
+PLAIN = (
+    *STATIC,
+    *(n for n in NAMES if n.endswith("_linear")),
+    "random",
+    "calm",
+    "mixture_of_depths",
+)
 every = pytest.mark.parametrize("name", NAMES)
 
 
@@ -601,3 +608,22 @@ def test_layerskip_keeps_the_first_layers() -> None:
         gateskip.GateSkipTrainingConfig(layer_dropout=0.1, budget_end=0.8)
     with pytest.raises(ConfigError, match="measure='sofmax'"):
         applied("calm", measure="sofmax")
+
+
+@pytest.mark.parametrize("name", ["shortgpt", "llm_drop", "gate_norm"])
+@torch.no_grad()
+def test_linear_maps_bring_back_some_of_what_is_removed(name: str) -> None:
+    ids, budget = random_ids(8, 64, seed=9), 0.9 if name == "gate_norm" else 0.75
+    model, expected = applied(f"{name}_linear", rank=16, compute=budget), tiny()(ids).logits
+
+    def error() -> float:
+        with gateskip.budget(model, compute=budget), gateskip.trace(model) as trace:
+            found = float((model(ids).logits - expected).square().mean())
+        assert trace.ledger.compute <= budget + 1e-6  # the maps included
+        return found
+
+    with_maps = error()
+    for module in gated_branches(model, state_of(model).family).values():
+        for parameter in compensation_of(module).parameters():
+            parameter.zero_()
+    assert with_maps < 0.9 * error()

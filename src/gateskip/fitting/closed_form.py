@@ -35,7 +35,7 @@ from gateskip.retrofit.attach import branch_module, gate_of, layers_of
 from gateskip.skipping.compensation import Compensation, compensation_of, set_compensation
 from gateskip.skipping.state import GateSkipState, state_of
 
-__all__ = ["FitReport", "fit"]
+__all__ = ["FitReport", "fit", "fit_compensation"]
 
 ALPHA = 0.1  # a log ratio moves the logit by a tenth: gates stay within 1 % of σ(z₀)
 RIDGE = 1e-4
@@ -126,6 +126,32 @@ def fit(
                  title=title("Fitting gates again"))  # fmt: skip
         r2 = _write_gates(modules, scores.moments, state.config)
     return FitReport(tokens=tokens, seconds=time.perf_counter() - started, r2=r2)
+
+
+def fit_compensation(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    thresholds: dict[BranchKey, float],
+    *,
+    rounds: int = ROUNDS,
+) -> None:
+    """Fit the compensation that the config asks for under given thresholds; gates stay.
+
+    Branches that nobody skips there get one that adds nothing.
+    """
+    state = state_of(model)
+    modules = _modules(model, state)
+    for module in modules.values():
+        set_compensation(module, None)
+    state.compensated = False
+    for _ in range(rounds):
+        outputs = CompensationMoments()
+        for batch in batches:
+            dense = DenseOutputs()
+            run_pass(model, [batch], observer=dense)
+            outputs.dense = dense.outputs
+            run_pass(model, [batch], thresholds=thresholds, observer=outputs)
+        _write_compensation(modules, outputs.moments, state)
 
 
 def _modules(model: nn.Module, state: GateSkipState) -> dict[BranchKey, nn.Module]:

@@ -20,12 +20,15 @@ _BUILT_IN = {
     "calm": "calm:Calm",
     "every_second": "static:EverySecond",
     "gate_norm": "gate_norm:GateNorm",
+    "gate_norm_linear": "linear:GateNormLinear",
     "layerskip": "layerskip:LayerSkip",
     "llm_drop": "llm_drop:LLMDrop",
+    "llm_drop_linear": "linear:LLMDropLinear",
     "mixture_of_depths": "mixture_of_depths:MixtureOfDepths",
     "position": "position:Position",
     "random": "random:Random",
     "shortgpt": "shortgpt:ShortGPT",
+    "shortgpt_linear": "linear:ShortGPTLinear",
     "token_identity": "token_identity:TokenIdentity",
 }
 for _name, _target in _BUILT_IN.items():

@@ -57,10 +57,21 @@ class Static(Method):
         samples = take_tokens(encode(data, tokenizer, 512), self.max_tokens)
         if not samples:
             raise ConfigError("data is empty; give some text.")
-        state = bare(model, kv_source="none", decision=self.decision)  # what is gone has no keys
+        # What is gone has no keys.
+        state = bare(model, kv_source="none", decision=self.decision, **self.instead())
         groups = self.order(model, state, samples)
         state.policy = removal_table(state, groups, samples)
+        if state.config.compensation != "none":
+            self.replace(model, state, samples)
+            state.policy = removal_table(state, groups, samples)  # it costs something
         return model
+
+    def instead(self) -> dict[str, Any]:
+        """Options of the gates' config that say what takes the place of what is removed."""
+        return {}
+
+    def replace(self, model: nn.Module, state: GateSkipState, samples: list[Sample]) -> None:
+        """Fit what :meth:`instead` asks for."""
 
 
 def removal_table(
