@@ -613,7 +613,7 @@ def test_layerskip_keeps_the_first_layers() -> None:
 @pytest.mark.parametrize("name", ["shortgpt", "llm_drop", "gate_norm"])
 @torch.no_grad()
 def test_linear_maps_bring_back_some_of_what_is_removed(name: str) -> None:
-    ids, budget = random_ids(8, 64, seed=9), 0.9 if name == "gate_norm" else 0.75
+    ids, budget = random_ids(8, 64, seed=9), 0.9 if name == "gate_norm" else 0.85
     model, expected = applied(f"{name}_linear", rank=16, compute=budget), tiny()(ids).logits
 
     def error() -> float:
