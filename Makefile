@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup test fix demo bench docs evidence-docs clean
+.PHONY: setup test fix demo bench docs evidence evidence-docs clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,11 @@ demo-output/gates:
 
 docs: setup
 	$(BIN)/python docs/build.py
+
+HOURS ?= 2
+evidence: setup
+	$(BIN)/python experiments/lab/run.py experiments/results/lab --budget-hours $(HOURS)
+	$(BIN)/python experiments/evidence.py
 
 evidence-docs: setup
 	$(BIN)/python experiments/evidence.py

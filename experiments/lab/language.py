@@ -3,9 +3,10 @@
     python experiments/lab/language.py 5
 
 A problem names several people, gives each some things, moves things about, and asks for one of
-them. The answer works through the steps that matter, one sum after the other, and ends with the
-number. Who reads it has to find the lines about that person and to keep a running total; the rest
-does not matter. Words are tokens, and so are the numbers up to 99.
+them. The answer works through the events by their numbers, with a sum where one changes what that
+person has, and ends with the number. Who reads it has to look up each line, to tell whether it is
+about that person, and to keep a running total; the rest does not matter. Words are tokens, and so
+are the numbers up to 49.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from typing import Any
 NAMES = ("Ann", "Bob", "Cem", "Dee", "Eva", "Finn")
 THINGS = ("apples", "books", "coins", "dolls", "eggs", "forks")
 WORDS = (
-    "has", "had", "finds", "loses", "gives", "gets", "from", "to", "doubles", "the", "number", "of",
-    "How", "many", "does", "have", "now", "then", "later", "and", "today", ".", "?", ":", "+", "-",
-    "*", "=", ";", "so",
+    "finds", "loses", "gives", "doubles", "the", "number", "How", "many", "does", "have", "now",
+    "then", "later", "today", ".", "?", ":", "+", "-", "*", "=", ";", "so",
 )  # fmt: skip
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
-LARGEST = 99
-VOCABULARY = (*SPECIAL, *map(str, range(LARGEST + 1)), *NAMES, *THINGS, *WORDS)
+LARGEST = 49  # of all numbers
+CHANGE = 5  # of a number in one event, doubling apart
+LABELS = tuple(f"#{n}" for n in range(1, 7))  # of events
+VOCABULARY = (*SPECIAL, *map(str, range(LARGEST + 1)), *NAMES, *THINGS, *WORDS, *LABELS)
+EVENTS = (3, len(LABELS))  # the fewest and the most of a problem
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}<bos> {{ m.content }}"
     "{% else %}{{ m.content }} <eos>{% endif %}{% endfor %}"
@@ -32,7 +35,7 @@ TEMPLATE = (
 OPENINGS = (("then",), ("later",), ("today",), ())
 
 
-def problem(rng: random.Random, steps: tuple[int, int] = (3, 6)) -> dict[str, str]:
+def problem(rng: random.Random, steps: tuple[int, int] = EVENTS) -> dict[str, str]:
     """One problem: ``prompt`` and ``completion``.
 
     Args:
@@ -40,62 +43,59 @@ def problem(rng: random.Random, steps: tuple[int, int] = (3, 6)) -> dict[str, st
     """
     people = rng.sample(NAMES, rng.randint(2, 3))
     thing = rng.choice(THINGS)
-    counts = {name: rng.randint(2, 20) for name in people}
+    counts = {name: rng.randint(2, 12) for name in people}
     asked = rng.choice(people)
-    lines = [f"{name} has {count} {thing} ." for name, count in counts.items()]
+    lines = [f"{name} {count} {thing} ." for name, count in counts.items()]
     work = [f"{asked} {counts[asked]}"]
-    for _ in range(rng.randint(*steps)):
-        line, sums = _event(rng, people, counts, asked)
-        opening = rng.choice(OPENINGS)
-        lines.append(" ".join((*opening, line, ".")))
-        work += sums
+    for label in LABELS[: rng.randint(*steps)]:
+        line, change = _event(rng, people, counts, asked)
+        lines.append(" ".join((*rng.choice(OPENINGS), label, line, ".")))
+        work.append(" ".join((label, *change, "=", str(counts[asked]))))
     prompt = " ".join((*lines, f"How many {thing} does {asked} have now ? so :"))
     return {"prompt": prompt, "completion": " " + " ; ".join((*work, f"so {counts[asked]} ."))}
 
 
 def _event(
     rng: random.Random, people: list[str], counts: dict[str, int], asked: str
-) -> tuple[str, list[str]]:
-    """What happens, and the sums about who is asked for; ``counts`` follow."""
+) -> tuple[str, tuple[str, ...]]:
+    """What happens, and what is to be done to who is asked for; ``counts`` follow."""
     who = rng.choice(people)
-    kinds = ["finds"]
+    kinds = ["finds"] if counts[who] < LARGEST else []
+    with_room = [name for name in people if name != who and counts[name] < LARGEST]
     if counts[who] > 2:
-        kinds += ["loses", "gives"]
+        kinds += ["loses", "gives"] if with_room else ["loses"]
     if counts[who] * 2 <= LARGEST // 2:
         kinds.append("doubles")
     kind = rng.choice(kinds)
     before = dict(counts)
     if kind == "finds":
-        n = rng.randint(1, min(9, LARGEST - counts[who]))
+        n = rng.randint(1, min(CHANGE, LARGEST - counts[who]))
         counts[who] += n
         line = f"{who} finds {n}"
     elif kind == "loses":
-        n = rng.randint(1, min(9, counts[who] - 1))
+        n = rng.randint(1, min(CHANGE, counts[who] - 1))
         counts[who] -= n
         line = f"{who} loses {n}"
     elif kind == "doubles":
         counts[who] *= 2
-        return f"{who} doubles the number", (
-            [f"{before[who]} * 2 = {counts[who]}"] if who == asked else []
-        )
+        return f"{who} doubles the number", ("*", "2") if who == asked else ()
     else:
-        other = rng.choice([name for name in people if name != who])
-        n = rng.randint(1, min(9, counts[who] - 1, LARGEST - counts[other]))
+        other = rng.choice(with_room)
+        n = rng.randint(1, min(CHANGE, counts[who] - 1, LARGEST - counts[other]))
         counts[who] -= n
         counts[other] += n
-        line = f"{who} gives {n} to {other}"
+        line = f"{who} gives {other} {n}"
     change = counts[asked] - before[asked]
     if not change:
-        return line, []
-    sign = "+" if change > 0 else "-"
-    return line, [f"{before[asked]} {sign} {abs(change)} = {counts[asked]}"]
+        return line, ()
+    return line, ("+" if change > 0 else "-", str(abs(change)))
 
 
-def problems(seed: int, count: int) -> Iterator[dict[str, str]]:
-    """``count`` problems, always the same for a seed."""
+def problems(seed: int, count: int, steps: tuple[int, int] = EVENTS) -> Iterator[dict[str, str]]:
+    """``count`` problems, always the same for a seed; ``steps`` as of :func:`problem`."""
     rng = random.Random(seed)
     for _ in range(count):
-        yield problem(rng)
+        yield problem(rng, steps)
 
 
 def tokenizer() -> Any:

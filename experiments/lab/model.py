@@ -1,6 +1,6 @@
 """Train the lab's dense model from scratch: a Llama of about a million parameters.
 
-    python experiments/lab/model.py build/lab/dense_1m_s0 --size 1m --seed 0
+    python experiments/lab/model.py experiments/lab/dense_1m_s0 --size 1m --seed 0
 
 Stop it at any time and run it again: it goes on from its checkpoint. Prints the exact match of
 greedily generated answers to problems of another seed.
@@ -12,11 +12,12 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from language import VOCABULARY, answer_of, problems, tokenizer
+from language import EVENTS, VOCABULARY, answer_of, problems, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
@@ -24,6 +25,8 @@ from gateskip.data import Sample, encode
 
 #: Layers, hidden, inner, query heads, key/value heads.
 SIZES = {"03m": (6, 64, 192, 4, 2), "1m": (8, 96, 320, 4, 2), "3m": (12, 128, 512, 4, 2)}
+#: The model that experiments start from, as committed: bfloat16 weights, computed in float32.
+DENSE = Path(__file__).parent / "dense_1m_s0"
 TRAIN_SEED, TEST_SEED = 1_000, 7  # seeds of problems
 LONGEST = 192
 
@@ -35,10 +38,18 @@ def build(size: str, seed: int) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(VOCABULARY), hidden_size=hidden, intermediate_size=inner,
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1,
+        max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.06,
+        pad_token_id=0, bos_token_id=1,
         eos_token_id=2, attn_implementation="sdpa",
     )  # fmt: skip
     return LlamaForCausalLM(config)
+
+
+def curriculum(seed: int, count: int) -> Iterator[dict[str, str]]:
+    """Problems to train on, with few events first: looking names up is learned from them."""
+    parts = ((0.3, (0, 1)), (0.2, (1, 3)), (0.5, EVENTS))
+    for number, (share, steps) in enumerate(parts):
+        yield from problems(TRAIN_SEED + 10 * seed + number, round(share * count), steps)
 
 
 def collate(samples: list[Sample]) -> dict[str, torch.Tensor]:
@@ -90,16 +101,16 @@ class _Speed(TrainerCallback):
 def train(out: Path, size: str, seed: int, steps: int, batch: int, rate: float) -> Any:
     """A trained model, saved with its tokenizer; what exists is loaded."""
     if (out / "config.json").is_file():
-        return LlamaForCausalLM.from_pretrained(out).eval()
+        return LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     model = build(size, seed)
-    samples = encode(problems(TRAIN_SEED + seed, steps * batch), tokenizer(), LONGEST)
-    work = out.with_name(out.name + ".work")
+    samples = encode(list(curriculum(seed, steps * batch)), tokenizer(), LONGEST)
+    work = Path("build/lab") / (out.name + ".work")
     arguments = TrainingArguments(
         output_dir=str(work), max_steps=steps, per_device_train_batch_size=batch,
         learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=steps // 20,
         weight_decay=0.01, adam_beta2=0.98, logging_steps=50, save_steps=max(steps // 8, 1),
         save_total_limit=1, seed=seed, report_to=[], remove_unused_columns=False, use_cpu=True,
-        disable_tqdm=True, dataloader_num_workers=0,
+        disable_tqdm=True, train_sampling_strategy="sequential",
     )  # fmt: skip
     trainer = Trainer(
         model=model, args=arguments, train_dataset=samples, data_collator=collate,  # type: ignore[arg-type]
@@ -108,11 +119,11 @@ def train(out: Path, size: str, seed: int, steps: int, batch: int, rate: float) 
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.is_dir() else None)
     model.eval()
     part = out.with_name(out.name + ".part")
-    model.save_pretrained(part)
+    model.to(torch.bfloat16).save_pretrained(part)  # half the size
     tokenizer().save_pretrained(part)
     part.rename(out)
     shutil.rmtree(work)
-    return model
+    return LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
 
 
 def main() -> None:
@@ -121,9 +132,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", choices=sorted(SIZES), default="1m")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--problems", type=int, default=500)
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
