@@ -3,10 +3,9 @@
     python experiments/lab/language.py 5
 
 A problem names several people, gives each some things, moves things about, and asks for one of
-them. The answer works through the events by their numbers, with a sum where one changes what that
-person has, and ends with the number. Who reads it has to look up each line, to tell whether it is
-about that person, and to keep a running total; the rest does not matter. Words are tokens, and so
-are the numbers up to 49.
+them. The answer works through the events: it repeats each one, says what that person has after it,
+and ends with the number. Who writes it has to copy, to tell whether a line is about that person,
+and to keep a running total. Words are tokens, and so are the numbers up to 49.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ NAMES = ("Ann", "Bob", "Cem", "Dee", "Eva", "Finn")
 THINGS = ("apples", "books", "coins", "dolls", "eggs", "forks")
 WORDS = (
     "finds", "loses", "gives", "doubles", "the", "number", "How", "many", "does", "have", "now",
-    "then", "later", "today", ".", "?", ":", "+", "-", "*", "=", ";", "so",
+    "then", "later", "today", ".", "?", ":", "=", ";", "so",
 )  # fmt: skip
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 LARGEST = 49  # of all numbers
@@ -48,17 +47,15 @@ def problem(rng: random.Random, steps: tuple[int, int] = EVENTS) -> dict[str, st
     lines = [f"{name} {count} {thing} ." for name, count in counts.items()]
     work = [f"{asked} {counts[asked]}"]
     for label in LABELS[: rng.randint(*steps)]:
-        line, change = _event(rng, people, counts, asked)
+        line = _event(rng, people, counts)
         lines.append(" ".join((*rng.choice(OPENINGS), label, line, ".")))
-        work.append(" ".join((label, *change, "=", str(counts[asked]))))
+        work.append(f"{label} {line} = {counts[asked]}")
     prompt = " ".join((*lines, f"How many {thing} does {asked} have now ? so :"))
     return {"prompt": prompt, "completion": " " + " ; ".join((*work, f"so {counts[asked]} ."))}
 
 
-def _event(
-    rng: random.Random, people: list[str], counts: dict[str, int], asked: str
-) -> tuple[str, tuple[str, ...]]:
-    """What happens, and what is to be done to who is asked for; ``counts`` follow."""
+def _event(rng: random.Random, people: list[str], counts: dict[str, int]) -> str:
+    """What happens; ``counts`` follow."""
     who = rng.choice(people)
     kinds = ["finds"] if counts[who] < LARGEST else []
     with_room = [name for name in people if name != who and counts[name] < LARGEST]
@@ -67,7 +64,6 @@ def _event(
     if counts[who] * 2 <= LARGEST // 2:
         kinds.append("doubles")
     kind = rng.choice(kinds)
-    before = dict(counts)
     if kind == "finds":
         n = rng.randint(1, min(CHANGE, LARGEST - counts[who]))
         counts[who] += n
@@ -78,17 +74,14 @@ def _event(
         line = f"{who} loses {n}"
     elif kind == "doubles":
         counts[who] *= 2
-        return f"{who} doubles the number", ("*", "2") if who == asked else ()
+        line = f"{who} doubles the number"
     else:
         other = rng.choice(with_room)
         n = rng.randint(1, min(CHANGE, counts[who] - 1, LARGEST - counts[other]))
         counts[who] -= n
         counts[other] += n
         line = f"{who} gives {other} {n}"
-    change = counts[asked] - before[asked]
-    if not change:
-        return line, ()
-    return line, ("+" if change > 0 else "-", str(abs(change)))
+    return line
 
 
 def problems(seed: int, count: int, steps: tuple[int, int] = EVENTS) -> Iterator[dict[str, str]]:

@@ -33,10 +33,11 @@ from transformers.trainer_utils import set_seed
 import gateskip
 from gateskip import methods
 from gateskip.data import encode
-from gateskip.errors import BudgetError, GateSkipError
+from gateskip.errors import BudgetError, TrainingError
 from gateskip.evaluation.header import run_header
 from gateskip.evaluation.quality import Evaluation
 from gateskip.execution.api import dense as without_gates
+from gateskip.skipping.ledger import Ledger
 from gateskip.skipping.state import state_of
 from gateskip.training import GateSkipTrainer
 from gateskip.training.dataset import make_dataset
@@ -45,7 +46,7 @@ from gateskip.training.recalibration import recalibrate
 FIT_SEED, TRAIN_SEED, LOSS_SEED = 50_000, 60_000, 70_000  # of problems; none is model.py's
 GRID = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.42, 0.35, 0.28, 0.2)
 SAVED = (0.25, 0.5, 0.15, 0.35, 0.0)
-#: A run whose accuracy is below this share of the control's chance to be useful has collapsed.
+#: A run whose accuracy is below this has collapsed; answers are one of some 30 numbers.
 COLLAPSED = 0.05
 GATES: dict[str, Any] = {"kind": "scalar", "compensation_rank": 8}
 GATED: dict[str, Any] = {"schedule": "linear", "budget_steps": 0.5}
@@ -88,8 +89,8 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
                 yield Job(name, variant, saved, seed)
 
 
-def prepared(job: Job, model: Any) -> Any:
-    """(the model with the method in place, how it is trained)."""
+def prepared(job: Job, model: Any, result: dict[str, Any]) -> Any:
+    """Put the method in place; how it is trained. ``result`` gets its options."""
     words = tokenizer()
     rows = list(problems(FIT_SEED, 300))
     compute = 1.0 - job.saved
@@ -103,7 +104,8 @@ def prepared(job: Job, model: Any) -> Any:
         given = {"budget_end": compute, "backbone": "full"} | GATED | training
         return gateskip.GateSkipTrainingConfig(**given)
     wants = methods.METHODS.get(job.method)
-    options = {"seed": job.seed} if "seed" in wants.__dataclass_fields__ else {}
+    given = {"seed": job.seed, "compute": compute}
+    options = {name: v for name, v in given.items() if name in wants.__dataclass_fields__}
     method = wants(**options)
     methods.apply(job.method, model, rows, words, **options)
     try:
@@ -115,10 +117,11 @@ def prepared(job: Job, model: Any) -> Any:
         method = wants(**options, every=1)
         methods.apply(job.method, model, rows, words, **options, every=1)
         found = method.training(model, compute)
+    result["config"]["method"] = dataclasses.asdict(method)
     state_of(model).resolve(gateskip.Budget(compute=compute))
     if job.method == "random":
         found = dataclasses.replace(found, **GATED)
-    return dataclasses.replace(found, backbone="full", train_compensation=False)
+    return dataclasses.replace(found, backbone="full")
 
 
 def train(job: Job, model: Any, config: Any, options: argparse.Namespace) -> tuple[Any, list[Any]]:
@@ -171,11 +174,13 @@ def tested(job: Job, model: Any, dense: Any, options: argparse.Namespace) -> dic
         return {"accuracy": accuracy, "loss": run.control().loss, "realised_macs": 0.0}
     budget = gateskip.Budget(compute=1.0 - job.saved)
     row = run.at(budget)
-    with gateskip.budget(model, compute=budget.value):
+    with gateskip.budget(model, compute=budget.value), gateskip.trace(model) as trace:
         accuracy = exact_match(model, rows)
     found = {
         "accuracy": accuracy, "loss": row.loss, "realised_macs": row.macs_saved,
         "skip_rate": row.skip_rate,
+        # Of prompts and generated tokens, what finished rows go on with included.
+        "generation_macs_saved": 1.0 - Ledger.of(c.without_padding() for c in trace.calls).compute,
     }  # fmt: skip
     if job.saved:
         found["accuracy_full_budget"] = exact_match(model, rows)
@@ -199,18 +204,22 @@ def run(job: Job, options: argparse.Namespace) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            config = prepared(job, model)
+            config = prepared(job, model, result)
         except BudgetError as error:
             result["config"]["unreachable"] = str(error)
             return result
         result["config"]["training"] = config.to_json()
         try:
             model, result["curve"] = train(job, model, config, options)
-        except GateSkipError as error:  # a loss that is not a number
+        except TrainingError as error:  # a loss that is not a number
             result["config"]["failed"] = str(error)
             return result | {"collapsed": True, "seconds": round(time.time() - begun, 1)}
         result["seconds"] = round(time.time() - begun, 1)
-        result |= tested(job, model, dense, options)
+        try:
+            result |= tested(job, model, dense, options)
+        except BudgetError as error:  # thresholds found again may end above it
+            result["config"]["unreachable"] = str(error)
+            return result
     result["collapsed"] = not math.isfinite(result["loss"]) or result["accuracy"] < COLLAPSED
     return result
 

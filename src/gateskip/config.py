@@ -123,14 +123,14 @@ class GateConfig:
                 f"decision='layer' decides MLPs by their attention; branches={self.branches!r} "
                 "must be both."
             )
-        if self.placement == "layer" and self.decision != "layer":
+        whole = (self.placement, self.decision, self.compensation) == ("layer", "layer", "none")
+        if (self.kind == "router" or self.placement == "layer") and not (
+            whole and self.kind == "router"
+        ):
             raise ConfigError(
-                f"placement='layer' needs decision='layer', and decision={self.decision!r}."
-            )
-        if self.kind == "router" and (self.placement != "layer" or self.compensation != "none"):
-            raise ConfigError(
-                "kind='router' weighs whole layers; set placement='layer', decision='layer' and "
-                "compensation='none'."
+                f"kind={self.kind!r}, placement={self.placement!r}: a router weighs whole layers, "
+                "and nothing else does; set kind='router', placement='layer', decision='layer' "
+                "and compensation='none'."
             )
         if not (math.isfinite(self.init_std) and self.init_std >= 0):
             raise ConfigError(f"init_std={self.init_std!r} must be a finite number of at least 0.")

@@ -560,7 +560,7 @@ def test_calls_of_the_head_are_counted() -> None:
         assert not (now & ~before).any()
 
 
-def test_exits_train_with_losses_of_their_layers(tmp_path: Path) -> None:
+def test_losses_of_all_layers(tmp_path: Path) -> None:
     from transformers import TrainingArguments
 
     from gateskip.training.exit_loss import exit_weights
@@ -568,38 +568,66 @@ def test_exits_train_with_losses_of_their_layers(tmp_path: Path) -> None:
     assert exit_weights("weighed", 3, 0) == pytest.approx([1 / 6, 2 / 6, 3 / 6])
     turns = [exit_weights("rotating", 9, step) for step in range(4)]
     assert all(sum(turn) == pytest.approx(1.0) and turn[-1] > 0.0 for turn in turns)
-    asked = {i for turn in turns for i, weight in enumerate(turn) if weight}
-    assert asked == set(range(1, 9))
+    assert {i for turn in turns for i, weight in enumerate(turn) if weight} == set(range(1, 9))
     rows = [{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in random_ids(8, 32)]
-    for name in ("calm", "layerskip"):
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    for name, kind in (("calm", "weighed"), ("layerskip", "rotating")):
         model = applied(name)
         options = methods.METHODS.get(name)().training(model, 0.75)
-        trainer = gateskip.GateSkipTrainer(
-            model=model,
-            args=TrainingArguments(
-                output_dir=str(tmp_path / name), max_steps=12, per_device_train_batch_size=8,
-                use_cpu=True, report_to=[], learning_rate=3e-3, disable_tqdm=True, logging_steps=1,
-            ),
-            gateskip_args=dataclasses.replace(options, backbone="full", layer_dropout=(
-                0.0 if name == "calm" else 0.5
-            )),
-            train_dataset=rows,
-        )  # fmt: skip
-        before = early_loss(model, rows)
-        trainer.train()
-        assert early_loss(model, rows) < before - 0.3, name
-        skipped = [log["skip_rate"] for log in trainer.state.log_history if "skip_rate" in log]
-        assert (max(skipped) > 0.0) == (name == "layerskip")
+        assert options.exit_loss == kind
+
+        def trainer(steps: int, dropout: float, model: Any = model, options: Any = options) -> Any:
+            return gateskip.GateSkipTrainer(
+                model=model,
+                args=TrainingArguments(
+                    output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=8,
+                    use_cpu=True, report_to=[], disable_tqdm=True, logging_steps=1,
+                ),
+                gateskip_args=dataclasses.replace(
+                    options, backbone="full", layer_dropout=dropout
+                ),
+                train_dataset=rows,
+            )  # fmt: skip
+
+        made = trainer(1, 0.0)
+        model.train()
+        found = made.compute_loss(model, {"input_ids": ids, "labels": ids.clone()})
+        model.eval()
+        with torch.no_grad(), without_gates(model):
+            hidden = list(model(ids, output_hidden_states=True).hidden_states[1:])
+            hidden[:-1] = [model.model.norm(h) for h in hidden[:-1]]
+            losses = [
+                nn.functional.cross_entropy(
+                    model.lm_head(h)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+                )
+                for h in hidden
+            ]
+        weights = exit_weights(kind, 4, 0)
+        expected = sum(w * float(loss) for w, loss in zip(weights, losses, strict=True))
+        assert float(found.detach()) == pytest.approx(expected, rel=1e-4), name
+        found.backward()
+        assert model.model.layers[1].mlp.down_proj.weight.grad is not None
+        if name == "layerskip":
+            dropped = trainer(8, 0.5)
+            dropped.train()
+            skipped = [log["skip_rate"] for log in dropped.state.log_history if "skip_rate" in log]
+            assert max(skipped) > 0.0
 
 
 @torch.no_grad()
-def early_loss(model: Any, rows: list[Any]) -> float:
-    """Loss of what the first layers say."""
-    ids = torch.tensor([row["input_ids"] for row in rows])
-    with without_gates(model):
-        hidden = model(ids, output_hidden_states=True).hidden_states[2]
-        logits = model.lm_head(model.model.norm(hidden))[:, :-1]
-    return float(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+def test_exits_have_one_threshold() -> None:
+    model = applied("calm")
+    with pytest.raises(ConfigError, match="exits have one threshold"):
+        gateskip.calibrate(model, list(random_ids(20, 64)), allocation="uniform")
+    # What is promised between grid points holds on the text itself.
+    texts, table = list(random_ids(20, 64)), state_of(model).policy
+    assert table is not None
+    for keep in (0.93, 0.87, 0.8, 0.73):
+        if keep < table.floor("keep"):
+            continue
+        with gateskip.budget(model, keep=keep), gateskip.trace(model) as trace:
+            model(torch.stack(texts))
+        assert 1.0 - trace.ledger.skip_rate == pytest.approx(keep, abs=0.02)
 
 
 def test_layerskip_keeps_the_first_layers() -> None:

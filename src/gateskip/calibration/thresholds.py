@@ -78,6 +78,12 @@ def calibrate(
     state = state_of(model)
     one_of("allocation", allocation, ALLOCATIONS)
     one_of("search", search, SEARCHES)
+    nested = bool(getattr(state.rule, "nested", False))
+    if nested and (allocation != "global" or weigh_cost):
+        raise ConfigError(
+            f"allocation={allocation!r}, weigh_cost={weigh_cost!r}: exits have one threshold for "
+            "all layers; pass allocation='global', weigh_cost=False."
+        )
     step = _smallest_step(grid)
     samples, mean_keys = _text(data, tokenizer, max_tokens, max_length, step)
     batches, tokens = to_batches(samples), count_tokens(samples)
@@ -163,6 +169,8 @@ def _rows(
 ) -> Iterator[_Row]:
     """The measured grid points, and between them rows from the scores of both neighbours."""
     costs = state.costs()
+    # Of who has left there are no scores at the smaller budget.
+    nested = bool(getattr(state.rule, "nested", False))
 
     def row(thresholds: Thresholds, shares: dict[BranchKey, float], factor: float) -> _Row:
         keep = sum(shares.values()) / len(shares)
@@ -181,12 +189,14 @@ def _rows(
         for number in range(1, ROWS_PER_STEP):
             w = number / ROWS_PER_STEP
             keep = (1.0 - w) * seen.keep + w * after.keep
-            before, behind = split.thresholds(seen, keep), split.thresholds(after, keep)
+            before = split.thresholds(seen, keep)
+            behind = before if nested else split.thresholds(after, keep)
             between = {
                 key: min(max((1.0 - w) * before[key] + w * behind[key], last[key]), bound)
                 for key, bound in thresholds.items()
             }
-            a, b = seen.shares_at(between), after.shares_at(between)
+            a = seen.shares_at(between)
+            b = a if nested else after.shares_at(between)
             shares = {key: (1.0 - w) * a[key] + w * b[key] for key in a}
             yield row(between, shares, (1.0 - w) * factor(seen) + w * factor(after))
             last = between

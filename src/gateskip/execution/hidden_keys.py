@@ -19,7 +19,15 @@ from gateskip.execution.inputs import AttentionInputs
 from gateskip.skipping.call import Call
 from gateskip.skipping.key_values import CacheWriter, absent
 
-__all__ = ["HidingWriter", "blank", "grid_mask", "hidden_before", "need_tensor", "whole_mask"]
+__all__ = [
+    "HidingWriter",
+    "blank",
+    "grid_mask",
+    "hidden_before",
+    "need_tensor",
+    "need_zeros",
+    "whole_mask",
+]
 
 
 def blank(call: Call, like: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -37,16 +45,21 @@ def hidden_before(cache: Any, layer: int) -> bool:
     """
     if cache is None or torch.compiler.is_compiling():  # a graph cannot ask
         return cache is not None
-    if "Quantized" in type(cache).__name__:
-        raise UnsupportedError(
-            "kv_source='none' marks skipped keys in the cache, and a quantised cache changes "
-            "them; use another cache."
-        )
+    need_zeros(cache)
     layers = getattr(cache, "layers", ())
     keys = getattr(layers[layer], "keys", None) if layer < len(layers) else None
     if keys is None or keys.numel() == 0:
         return False
     return bool(absent(keys[:, :, : int(layers[layer].get_seq_length())]).any())
+
+
+def need_zeros(cache: Any) -> None:
+    """Raise UnsupportedError for a cache that does not keep zeros."""
+    if "Quantized" in type(cache).__name__:
+        raise UnsupportedError(
+            "kv_source='none' marks skipped keys in the cache, and a quantised cache changes "
+            "them; use another cache."
+        )
 
 
 def whole_mask(inputs: AttentionInputs, call: Call, layer: int) -> Tensor:

@@ -27,6 +27,7 @@ from gateskip.execution.hidden_keys import (
     grid_mask,
     hidden_before,
     need_tensor,
+    need_zeros,
     whole_mask,
 )
 from gateskip.execution.inputs import AttentionInputs, flat_positions, grid_of
@@ -227,7 +228,7 @@ def _attention_single(
             assert branch.source is not None
             k, v = call.kv[layer] = call.kv[branch.source]
         else:
-            hidden_before(inputs.cache, layer)  # refuses a cache that loses the mark
+            need_zeros(inputs.cache)
             k, v = (t.transpose(0, 1)[None] for t in blank(call, h, 1))
         if inputs.cache is not None:
             inputs.cache.update(k, v, layer)
@@ -269,7 +270,7 @@ def _attention_compacted(
         k, v = call.kv[branch.source]
         fill = (flat_tokens(k, skip), flat_tokens(v, skip))
     elif branch.source_is("none"):
-        hidden_before(inputs.cache, layer)  # refuses a cache that loses the mark
+        need_zeros(inputs.cache)
         need_tensor(inputs)
         fill = blank(call, flat, skip.shape[0])
     else:

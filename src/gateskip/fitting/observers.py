@@ -81,7 +81,8 @@ class CompensationMoments:
     def branch(
         self, key: BranchKey, h: Tensor, u: Tensor, o: Tensor, keep: Tensor, call: Call
     ) -> None:
-        at = flat_valid(call, ~keep)
+        # Protected tokens skip a branch that is off.
+        at = (call.everyone() & ~keep).flatten().nonzero()[:, 0]
         u_NH, o_NH = (t.flatten(0, 1).index_select(0, at) for t in (u, self.dense[key]))
         if key not in self.moments:
             self.moments[key] = Moments(u.shape[-1], u.shape[-1], u.device)

@@ -47,7 +47,7 @@ class Calm(Method):
     decay: float = 4.0
     horizon: int = 256
     first: int = 1
-    max_tokens: int = 12_000
+    max_tokens: int = 4_000
 
     def __post_init__(self) -> None:
         one_of("measure", self.measure, MEASURES)

@@ -28,7 +28,10 @@ from gateskip.skipping.rule import Rule
 __all__ = ["MEASURES", "ExitRule"]
 
 MEASURES = ("softmax", "state", "probe")
-UNSURE = 1e6  # the score before anybody was asked
+#: The score before anybody was asked, and its negative that of who has left: beyond what a
+#: confidence can be, and near enough to interpolate towards.
+UNSURE = 2.0
+CHUNK = 512  # tokens whose logits exist at once
 SHARE = 0.9  # of a threshold that does not decay
 
 
@@ -47,6 +50,7 @@ class ExitRule(Rule):
 
     name: ClassVar[str] = "exit"
     causal: ClassVar[bool] = True
+    nested: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -109,8 +113,8 @@ class ExitRule(Rule):
             sure_N = self._confidence(layer, h_BTH, h_before, there_N)
             fall_N = (-self.decay * call.visible_keys().flatten()[there_N] / self.horizon).exp()
             found_N = (sure_N - (1.0 - SHARE) * fall_N) / SHARE
-            flat = before_BT.flatten().clone()
-            flat[there_N] = torch.minimum(flat[there_N], -found_N)
+            flat = torch.full_like(before_BT, -UNSURE).flatten()
+            flat[there_N] = torch.minimum(before_BT.flatten()[there_N], -found_N)
             score_BT = flat.view_as(before_BT)
         call.memory["exit"] = (score_BT, h_BTH if self.measure == "state" else None)
         return score_BT
@@ -131,8 +135,11 @@ class ExitRule(Rule):
             assert self.probes is not None
             probe_H = self.probes[layer].to(h_NH.device)
             return torch.sigmoid(u_NH.float() @ probe_H[:-1] + probe_H[-1])
-        top_N2 = torch.softmax(self.head(u_NH).float(), -1).topk(2).values
-        return top_N2[:, 0] - top_N2[:, 1]
+        gaps = [u_NH.new_zeros(0, dtype=torch.float32)]
+        for part in u_NH.split(CHUNK):
+            top_N2 = torch.softmax(self.head(part).float(), -1).topk(2).values
+            gaps.append(top_N2[:, 0] - top_N2[:, 1])
+        return torch.cat(gaps)
 
 
 def final_norm(model: nn.Module, family: FamilySpec) -> nn.Module:

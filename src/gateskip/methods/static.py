@@ -60,10 +60,10 @@ class Static(Method):
         # What is gone has no keys.
         state = bare(model, kv_source="none", decision=self.decision, **self.instead())
         groups = self.order(model, state, samples)
+        state.compensated = state.config.compensation != "none"  # which costs something
         state.policy = removal_table(state, groups, samples)
-        if state.config.compensation != "none":
+        if state.compensated:
             self.replace(model, state, samples)
-            state.policy = removal_table(state, groups, samples)  # it costs something
         return model
 
     def instead(self) -> dict[str, Any]:

@@ -91,6 +91,11 @@ class Call:
         self.stacked = False
         self._valid_N: Tensor | None = None
         self.ids_BT = input_ids
+        #: Places that a mask of attention, made for a cache of fixed size, no longer tells.
+        self.places_BT: Tensor | None = None
+        made = isinstance(attention_mask, dict) or getattr(attention_mask, "ndim", 2) == 4
+        if over.generating and made and position_ids is not None:
+            self.places_BT = position_ids.expand(batch, -1) + 1
         self.mask_2d = _two_dimensional(attention_mask, batch, past + new, over.generating)
         self.valid_BT, self.protected_BT = self._tokens(position_ids, input_ids)
         one = batch == 1 and new == 1 and self.valid_BT is None
@@ -119,7 +124,7 @@ class Call:
     def move(self, device: torch.device) -> None:
         """Follow the stream to the device of the next layers."""
         self.device = device
-        for name in ("valid_BT", "protected_BT", "mask_2d", "_valid_N", "ids_BT"):
+        for name in ("valid_BT", "protected_BT", "mask_2d", "_valid_N", "ids_BT", "places_BT"):
             t = getattr(self, name)
             setattr(self, name, None if t is None else t.to(device))
         if self.thresholds is not None:
@@ -167,6 +172,8 @@ class Call:
 
     def visible_keys(self) -> Tensor:
         """Keys that each new token may attend to, itself included, int64 ``[B, T]``."""
+        if self.places_BT is not None:
+            return self.places_BT
         if self.mask_2d is not None:
             counts = self.mask_2d[:, : self.past + self.new].long().cumsum(-1)
             return counts[:, -self.new :]

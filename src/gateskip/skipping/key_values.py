@@ -152,4 +152,4 @@ def flat_tokens(kv_BKTD: Tensor, index_N: Tensor) -> Tensor:
 
 def absent(k_BKSD: Tensor) -> Tensor:
     """Keys of zeros, which no token has (``kv_source="none"``), bool ``[B, S]``."""
-    return (k_BKSD[:, 0] == 0).all(-1)
+    return (k_BKSD == 0).all(-1).all(1)

@@ -70,8 +70,8 @@ class CallRecord:
     def without_padding(self) -> CallRecord:
         """The same call as if every kept token had been computed alone: a policy's cost, which
         does not depend on how tokens are batched."""
-        kept = {key: mask.sum(1) for key, mask in self.keep.items()}
-        return dataclasses.replace(self, computed=self.computed | kept, padding={})
+        kept = {key: self.keep.get(key, self.valid_BT).sum(1) for key in self.computed}
+        return dataclasses.replace(self, computed=kept, padding={})
 
 
 def _asked(call: Call, everyone: Tensor) -> dict[BranchKey, tuple[Tensor, int]]:

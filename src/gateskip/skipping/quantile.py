@@ -48,7 +48,8 @@ class SequenceTopK:
         k_B = (self.keep * count_B.double() - 1e-6).ceil().long() - (count_B - free_BT.sum(1))
         ranked = score_BT.masked_fill(~free_BT, -math.inf).sort(dim=1, descending=True).values
         last_B = ranked.gather(1, (k_B - 1).clamp(min=0)[:, None])[:, 0]
-        nobody_B = ranked[:, 0] + 1.0 + ranked[:, 0].abs()  # above every score
+        top_B = ranked[:, 0].nan_to_num(neginf=0.0)  # a row may have only protected tokens
+        nobody_B = top_B + 1.0 + top_B.abs()  # above every score
         return torch.where(k_B > 0, last_B, nobody_B)
 
 

@@ -32,8 +32,10 @@ class Rule(Protocol):
         name: as in the registry of rules. causal: whether a token's score depends on nothing
             after it, and on no other row.
 
-    A rule may also have ``macs(key, shape)``, the MACs of one token's score where they are worth
-    counting, and ``bind(model)``, which is called with the model that it is loaded into.
+    A rule whose tokens, once they skip, skip all that follows (exits) says ``nested = True``: one
+    threshold holds for all branches, and scores of who has left say nothing. It may also have
+    ``macs(key, shape)``, the MACs of one token's score where they are worth counting, and
+    ``bind(model)``, which is called with the model that it is loaded into.
     """
 
     name: ClassVar[str]

@@ -47,6 +47,11 @@ def check_combination(config: GateSkipTrainingConfig, gated: GateSkipState, argu
             "thresholds='learned' get no gradient from reentrant checkpointing; pass "
             "gradient_checkpointing_kwargs={'use_reentrant': False}."
         )
+    if reentrant and config.auxiliary:
+        raise UnsupportedError(
+            f"auxiliary={config.auxiliary} gets no gradient from reentrant checkpointing; pass "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )
     if reentrant and gated.config.kv_source == "previous":
         raise UnsupportedError(
             "kv_source='previous' hands keys from layer to layer, whose gradients reentrant "

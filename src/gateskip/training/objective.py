@@ -74,7 +74,7 @@ class GateObjective:
             return  # a reference model's forward, as in DPO, teaches nothing
         valid_BT = call.everyone()
         found: list[tuple[dict[BranchKey, Tensor], Tensor]] = []
-        if self.penalty:
+        if self.penalty and next(gate.parameters(), None) is not None:  # a unit gate has none
             g = gate(u_BTH)
             each_BT = (g.square() if self.penalty == "l2" else g).mean(-1) * valid_BT
             total = each_BT.sum()

@@ -233,7 +233,7 @@ class GateSkipMixin:
             cost = objective.cost(tokens)
             self._note("expected_cost", cost)
             found = found + config.cost_weight * cost
-        if objective is not None and objective.missed:
+        if objective is not None and config.auxiliary:
             missed = objective.prediction(tokens)
             self._note("top_k_prediction", missed)
             found = found + config.auxiliary * missed
@@ -331,12 +331,13 @@ class GateSkipMixin:
             weights = exit_weights(
                 self.gateskip_args.exit_loss, len(states), self.state.global_step
             )
-            total = torch.zeros((), device=target_N.device)
-            for hidden_NH, weight in zip(states, weights, strict=True):
-                if weight:
-                    loss, entropy, _ = head_loss(head, hidden_NH, target_N)
-                    total = total + weight * loss
-        self._note("cross_entropy", entropy / n)  # of the last layer
+            asked = [(h, w) for h, w in zip(states, weights, strict=True) if w]
+            # At once, so that the head's gradient is kept once.
+            total, _, _ = head_loss(
+                head, torch.cat([h for h, _ in asked]), target_N.repeat(len(asked)),
+                weight_N=torch.cat([h.new_full(h.shape[:1], w).float() for h, w in asked]),
+            )  # fmt: skip
+        self._note("exit_loss", total / n)
         return total / n
 
     def _head(self, model: Any) -> LogitHead:
