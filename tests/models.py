@@ -57,6 +57,12 @@ FAMILIES = tuple(FAMILY_OPTIONS)
 EAGER_ONLY = ("gemma2", "gpt_oss")  # soft caps and sinks
 
 
+def needed_by(kind: str) -> dict[str, Any]:
+    """What the config of a gate kind has to say beside it."""
+    whole = {"placement": "layer", "decision": "layer", "compensation": "none"}
+    return whole if kind == "router" else {}
+
+
 def tiny(family: str = "llama", attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
     """A random model whose branches matter: weights are larger than at a usual initialisation."""
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import gateskip
 from gateskip.config import GateConfig
 from gateskip.costs import (
     ModelShape,
@@ -21,7 +22,8 @@ from gateskip.costs import (
 from gateskip.errors import ConfigError
 from gateskip.gates import GATES
 from gateskip.retrofit.attach import branch_module, find_family, layers_of
-from models import FAMILIES, tiny
+from gateskip.skipping.ledger import Ledger
+from models import FAMILIES, gated, needed_by, padded, tiny, with_table
 
 SHAPE = ModelShape(
     layers=2, hidden=8, heads=4, kv_heads=2, head_dim=3, intermediate=10, vocab=20, weight_bytes=2
@@ -65,10 +67,11 @@ def test_shape_of_a_model_is_its_weights(family: str) -> None:
 
 @pytest.mark.parametrize("kind", GATES.names())
 def test_gate_parameters_are_the_modules(kind: str) -> None:
-    config = GateConfig(kind=kind, rank=4, groups=6)
+    config = GateConfig(kind=kind, rank=4, groups=6, **needed_by(kind))
     gate = GATES.get(kind).build(config, 24, torch.Generator())
     assert gate_parameters(kind, 24, 4, 6) == sum(p.numel() for p in gate.parameters())
-    weights = sum(p.numel() for n, p in gate.named_parameters() if n != "bias")
+    numbers = ("bias", "slope")
+    weights = sum(p.numel() for n, p in gate.named_parameters() if n not in numbers)
     assert gate_macs(kind, 24, 4, 6) == weights
 
 
@@ -139,3 +142,21 @@ def test_branches_add_up_to_the_dense_model() -> None:
             cost = branch_cost(SHAPE, config, (layer, kind))
             total += cost.computed + cost.per_key * keys
     assert total == SHAPE.dense_macs(keys)
+
+
+@pytest.mark.parametrize(
+    "options", [{"layer_step": 2}, {"branches": ("attention",)}, {"branches": ("mlp",)}, {}]
+)
+@torch.no_grad()
+def test_padding_costs_a_policy_nothing(options: dict[str, Any]) -> None:
+    model = with_table(gated(**options))
+    ids, mask, _ = padded(4, 20, "left")
+    with gateskip.budget(model, keep=0.8), gateskip.trace(model) as together:
+        model(ids, attention_mask=mask)
+    with gateskip.budget(model, keep=0.8), gateskip.trace(model) as alone:
+        for row in range(4):
+            model(ids[row : row + 1, 2 * row :])
+    found = Ledger.of(call.without_padding() for call in together.calls)
+    expected = Ledger.of(call.without_padding() for call in alone.calls)
+    assert found.macs_dense == pytest.approx(expected.macs_dense)
+    assert found.compute == pytest.approx(expected.compute, rel=1e-9)

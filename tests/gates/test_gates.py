@@ -14,15 +14,17 @@ from gateskip.config import GateConfig
 from gateskip.errors import ConfigError
 from gateskip.gates import GATES, Gate
 from gateskip.skipping.score import Norm, branch_score, single_score
+from models import needed_by
 
 HIDDEN = 48
-KINDS = [kind for kind in GATES.names() if kind != "unit"]
+KINDS = [kind for kind in GATES.names() if kind not in ("unit", "router")]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_linear_kind = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mlp"])
 
 
 def built(kind: str, **options: Any) -> Gate:
-    config = GateConfig(kind=kind, init_std=0.3, init_bias=0.7, rank=4, groups=6, **options)
+    config = GateConfig(kind=kind, init_std=0.3, init_bias=0.7, rank=4, groups=6, **needed_by(kind),
+                        **options)  # fmt: skip
     gate = GATES.get(kind).build(config, HIDDEN, torch.Generator().manual_seed(0))
     gate.score_scale.fill_(1.7)
     gate.score_shift.fill_(0.4)
@@ -45,6 +47,26 @@ def test_the_unit_gate_is_one() -> None:
     assert list(gate.parameters()) == []
     assert gate.factors() is not None
     with pytest.raises(ConfigError, match="nothing to fit"):
+        gate.set_direction(torch.ones(HIDDEN), 0.0)
+
+
+def test_the_router_is_one_at_first_or_the_papers() -> None:
+    gate, u = built("router"), torch.randn(2, 5, HIDDEN)
+    assert torch.equal(gate(u), torch.full((2, 5, 1), 0.7)), "a is 0: r = b"
+    with torch.no_grad():
+        gate.slope.fill_(2.0)
+    torch.testing.assert_close(gate(u), 0.7 + 2.0 * gate.logits(u))
+    torch.testing.assert_close(gate.score(u), (u @ gate.weight - 0.4) / 1.7)
+    gate(u).sum().backward()
+    assert all(p.grad is not None for p in gate.parameters())
+    config = GateConfig(kind="router", init_std=0.3, init_bias=0.0, **needed_by("router"))
+    paper = GATES.get("router").build(config, HIDDEN, torch.Generator().manual_seed(0))
+    assert torch.equal(paper(u), paper.logits(u))
+    assert [name for name, _ in paper.named_parameters()] == ["weight"]
+    half = gate.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert half(u.bfloat16()).dtype == half.weight.dtype == torch.float32
+    with pytest.raises(ConfigError, match="learned, not fitted"):
         gate.set_direction(torch.ones(HIDDEN), 0.0)
 
 

@@ -448,6 +448,11 @@ def test_top_k_keeps_exactly_k_of_every_sequence() -> None:
         for row, real in zip(keep[0], mask.bool(), strict=True):
             assert int(row.sum()) == -(-int(real.sum()) * 3 // 10)
             assert not row[~real].any()
+    lonely = torch.zeros_like(mask)  # the last row has its first token alone
+    lonely[:2], lonely[2, -1] = 1, 1
+    with override(state_of(model), thresholds=thresholds), gateskip.trace(model) as trace:
+        model(ids, attention_mask=lonely)
+    assert all(int(keep[0][2].sum()) == 1 for keep in trace.keep.values())
     # It is not causal: later tokens take places.
     other = ids.clone()
     other[:, 12:] = random_ids(3, 8, seed=5)
@@ -504,6 +509,8 @@ def test_routers_cannot_save_more_than_their_layers() -> None:
         applied("mixture_of_depths", form="retrofti")
     with pytest.raises(ConfigError, match="placement='layer'"):
         gateskip.GateConfig(kind="router")
+    with pytest.raises(ConfigError, match="kind='router'"):
+        gateskip.GateConfig(kind="scalar", placement="layer", decision="layer", compensation="none")
     scratch = applied("mixture_of_depths", form="scratch")
     assert not any("slope" in name for name, _ in scratch.named_parameters())
 

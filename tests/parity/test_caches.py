@@ -79,6 +79,22 @@ def test_static_cache_holds_what_a_dynamic_one_does(family: str) -> None:
     torch.testing.assert_close(found[1], found[0], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
+@torch.no_grad()
+def test_places_hold_when_padding_has_left_the_window(cache: str | None) -> None:
+    model = with_table(gated("mistral_window", importance="random"))  # decides by place alone
+    ids, mask, _ = padded(3, 20, "left")
+    options: Any = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+    if cache is not None:
+        options["cache_implementation"] = cache
+    with gateskip.budget(model, keep=0.6):
+        found = model.generate(ids, attention_mask=mask, **options)
+        for row in range(3):
+            own, real = ids[row : row + 1, 2 * row :], mask[row : row + 1, 2 * row :]
+            alone = model.generate(own, attention_mask=real, **options)
+            assert torch.equal(alone[0, own.shape[1] :], found[row, 20:]), row
+
+
 @torch.no_grad()
 def test_static_cache_with_padding() -> None:
     model = gated(compensation="low_rank")

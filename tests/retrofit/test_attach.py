@@ -17,7 +17,7 @@ from gateskip.gates import GATES
 from gateskip.gates.low_rank import LowRankGate
 from gateskip.retrofit.attach import find_family, gated_branches, layers_of
 from gateskip.skipping.state import override, replay, state_of
-from models import FAMILIES, LAYERS, gated, medians, random_ids, tiny, with_table
+from models import FAMILIES, LAYERS, gated, medians, needed_by, random_ids, tiny, with_table
 
 
 def snapshot(model: Any) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def test_save_pretrained_gives_the_base_weights(tmp_path: Path) -> None:
     "how", ["to_bfloat16", "to_keyword", "half", "bfloat16", "attach_bfloat16"]
 )
 def test_gates_stay_float32(kind: str, how: str) -> None:
-    config = gateskip.GateConfig(kind=kind, init_std=0.3, init_bias=1.0)
+    config = gateskip.GateConfig(kind=kind, init_std=0.3, init_bias=1.0, **needed_by(kind))
     expected = gateskip.attach(tiny(), config).state_dict()
     if how == "attach_bfloat16":
         model = gateskip.attach(tiny(dtype=torch.bfloat16), config)
@@ -266,8 +266,8 @@ def test_gates_stay_float32(kind: str, how: str) -> None:
 
 @pytest.mark.parametrize("kind", GATES.names())
 def test_gates_ignore_autocast(kind: str) -> None:
-    model = gated(kind=kind)
-    gate, u = model.model.layers[1].mlp.skip_gate, torch.randn(3, 5, 64)
+    model = gated(**({"kind": kind} | needed_by(kind)))
+    gate, u = model.model.layers[1].self_attn.skip_gate, torch.randn(3, 5, 64)
     plain = gate(u)
     with torch.autocast("cpu", torch.bfloat16):
         inside = gate(u)
