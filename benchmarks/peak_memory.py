@@ -62,6 +62,8 @@ def main() -> None:
     check_json(options.json)
     model = gateskip.load(options.gates, base=options.model, dtype=options.dtype)
     vocabulary = model.config.vocab_size
+    command = command_line("python benchmarks/peak_memory.py", vars(options))
+    header = run_header(command) | {"unit": "MB of the process", "dtype": options.dtype}
     rows = []
     for shape in options.shapes:
         batch, prompt = (int(part) for part in shape.split("x"))
@@ -83,9 +85,7 @@ def main() -> None:
                     row[name] = round(peak(generate))
         rows.append(row)
         print(row, flush=True)
-    command = command_line("python benchmarks/peak_memory.py", vars(options))
-    header = run_header(command) | {"unit": "MB of the process", "dtype": options.dtype}
-    write_json(options.json, {"header": header, "rows": rows})
+        write_json(options.json, {"header": header, "rows": rows})
     table = Table(title="Peak memory of generate, MB", box=SIMPLE)
     for column in rows[0]:
         table.add_column(column, justify="right")
