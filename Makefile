@@ -41,6 +41,7 @@ docs: setup
 
 HOURS ?= 2
 evidence: setup
+	test -d experiments/lab/dense_1m_s0 || $(BIN)/python experiments/lab/model.py experiments/lab/dense_1m_s0
 	$(BIN)/python experiments/lab/run.py experiments/results/lab --budget-hours $(HOURS)
 	$(BIN)/python experiments/evidence.py
 
