@@ -511,6 +511,8 @@ def test_routers_cannot_save_more_than_their_layers() -> None:
         gateskip.GateConfig(kind="router")
     with pytest.raises(ConfigError, match="kind='router'"):
         gateskip.GateConfig(kind="scalar", placement="layer", decision="layer", compensation="none")
+    with pytest.raises(ConfigError, match="kind='router' has nothing to fit"):
+        gateskip.fit(applied("mixture_of_depths"), list(random_ids(20, 64)))
     scratch = applied("mixture_of_depths", form="scratch")
     assert not any("slope" in name for name, _ in scratch.named_parameters())
 

@@ -81,8 +81,10 @@ def fit(
         DataError: fewer than 1,000 tokens.
     """
     state = state_of(model)
-    if state.config.kind == "unit":
-        raise ConfigError("kind='unit' has nothing to fit; attach with another kind of gate.")
+    if state.config.kind in ("unit", "router"):
+        raise ConfigError(
+            f"kind={state.config.kind!r} has nothing to fit; attach with another kind of gate."
+        )
     started = time.perf_counter()
     samples = take_tokens(encode(data, tokenizer, max_length), max_tokens)
     tokens = count_tokens(samples)
