@@ -3,9 +3,9 @@
     python experiments/lab/language.py 5
 
 A problem names several people, gives each some things, moves things about, and asks for one of
-them. The answer works through the events: it repeats each one, says what that person has after it,
-and ends with the number. Who writes it has to copy, to tell whether a line is about that person,
-and to keep a running total. Words are tokens, and so are the numbers up to 49.
+them. The answer works through the lines: it repeats each one, says what that person has after it,
+and ends with the number. Who writes it has to look lines up, to tell whether a line is about that
+person, and to keep a running total. Words are tokens, and so are the numbers up to 49.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from typing import Any
 NAMES = ("Ann", "Bob", "Cem", "Dee", "Eva", "Finn")
 THINGS = ("apples", "books", "coins", "dolls", "eggs", "forks")
 WORDS = (
-    "finds", "loses", "gives", "doubles", "the", "number", "How", "many", "does", "have", "now",
-    "then", "later", "today", ".", "?", ":", "=", ";", "so",
+    "has", "finds", "loses", "gives", "doubles", "the", "number", "How", "many", "does", "have",
+    "now", "then", "later", "today", ".", "?", ":", ",", ";", "so",
 )  # fmt: skip
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 LARGEST = 49  # of all numbers
 CHANGE = 5  # of a number in one event, doubling apart
-LABELS = tuple(f"#{n}" for n in range(1, 7))  # of events
+PEOPLE = (2, 3)  # the fewest and the most of a problem
+EVENTS = (3, 6)  # likewise
+LABELS = tuple(f"#{n}" for n in range(1, PEOPLE[1] + EVENTS[1] + 1))  # of lines
 VOCABULARY = (*SPECIAL, *map(str, range(LARGEST + 1)), *NAMES, *THINGS, *WORDS, *LABELS)
-EVENTS = (3, len(LABELS))  # the fewest and the most of a problem
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}<bos> {{ m.content }}"
     "{% else %}{{ m.content }} <eos>{% endif %}{% endfor %}"
@@ -40,16 +41,21 @@ def problem(rng: random.Random, steps: tuple[int, int] = EVENTS) -> dict[str, st
     Args:
         steps: the fewest and the most events.
     """
-    people = rng.sample(NAMES, rng.randint(2, 3))
+    people = rng.sample(NAMES, rng.randint(*PEOPLE))
     thing = rng.choice(THINGS)
-    counts = {name: rng.randint(2, 12) for name in people}
     asked = rng.choice(people)
-    lines = [f"{name} {count} {thing} ." for name, count in counts.items()]
-    work = [f"{asked} {counts[asked]}"]
-    for label in LABELS[: rng.randint(*steps)]:
-        line = _event(rng, people, counts)
-        lines.append(" ".join((*rng.choice(OPENINGS), label, line, ".")))
-        work.append(f"{label} {line} = {counts[asked]}")
+    counts: dict[str, int] = {}
+    lines, work = [], []
+    for number in range(len(people) + rng.randint(*steps)):
+        if number < len(people):
+            opening: tuple[str, ...] = ()
+            counts[people[number]] = rng.randint(2, 12)
+            line = f"{people[number]} has {counts[people[number]]} {thing}"
+        else:
+            opening = rng.choice(OPENINGS)
+            line = _event(rng, people, counts)
+        lines.append(" ".join((*opening, LABELS[number], line, ".")))
+        work.append(f"{LABELS[number]} {line} , {asked} {counts.get(asked, 0)}")
     prompt = " ".join((*lines, f"How many {thing} does {asked} have now ? so :"))
     return {"prompt": prompt, "completion": " " + " ; ".join((*work, f"so {counts[asked]} ."))}
 

@@ -12,12 +12,11 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from language import EVENTS, VOCABULARY, answer_of, problems, tokenizer
+from language import VOCABULARY, answer_of, problems, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
@@ -46,13 +45,6 @@ def build(size: str, seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def curriculum(seed: int, count: int) -> Iterator[dict[str, str]]:
-    """Problems to train on, with few events first: looking things up is learned from them."""
-    parts = ((0.2, (1, 2)), (0.8, EVENTS))
-    for number, (share, steps) in enumerate(parts):
-        yield from problems(TRAIN_SEED + 10 * seed + number, round(share * count), steps)
-
-
 def collate(samples: list[Sample]) -> dict[str, torch.Tensor]:
     """Right-padded ids, mask and labels; prompts have no loss."""
     shape = (len(samples), max(sample.ids.shape[0] for sample in samples))
@@ -75,7 +67,7 @@ def exact_match(model: Any, rows: list[dict[str, str]], batch: int = 64) -> floa
         given = words(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
         out = model.generate(
             input_ids=given["input_ids"], attention_mask=given["attention_mask"],
-            max_new_tokens=80, do_sample=False, pad_token_id=0,
+            max_new_tokens=120, do_sample=False, pad_token_id=0,
         )  # fmt: skip
         texts = words.batch_decode(out[:, given["input_ids"].shape[1] :])
         right += sum(
@@ -104,12 +96,12 @@ def train(out: Path, size: str, seed: int, steps: int, batch: int, rate: float) 
     if (out / "config.json").is_file():
         return LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     model = build(size, seed)
-    samples = encode(list(curriculum(seed, steps * batch)), tokenizer(), LONGEST)
+    samples = encode(problems(TRAIN_SEED + seed, steps * batch), tokenizer(), LONGEST)
     work = Path("build/lab") / (out.name + ".work")
     arguments = TrainingArguments(
         output_dir=str(work), max_steps=steps, per_device_train_batch_size=batch,
         learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=steps // 20,
-        weight_decay=0.01, adam_beta2=0.98, logging_steps=50, save_steps=max(steps // 8, 1),
+        weight_decay=0.01, adam_beta2=0.98, logging_steps=100, save_steps=max(steps // 8, 1),
         save_total_limit=1, seed=seed, report_to=[], remove_unused_columns=False, use_cpu=True,
         disable_tqdm=True, train_sampling_strategy="sequential",
     )  # fmt: skip

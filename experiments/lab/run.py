@@ -48,6 +48,7 @@ GRID = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.42, 0.35, 0.28, 0.2)
 SAVED = (0.25, 0.5, 0.15, 0.35, 0.0)
 #: A run whose accuracy is below this has collapsed; answers are one of some 30 numbers.
 COLLAPSED = 0.05
+ROUTER_RATE = 1e-2  # where routers alone are trained
 GATES: dict[str, Any] = {"kind": "scalar", "compensation_rank": 8}
 GATED: dict[str, Any] = {"schedule": "linear", "budget_steps": 0.5}
 #: Variants of the gates: (options of the gates, options of the training).
@@ -61,6 +62,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "itself": ({}, {"distill": 0.5, "teacher": "itself"}),
 }
+#: Where a method cannot save so much as it is, how it can.
+FURTHER: dict[str, dict[str, Any]] = {
+    "mixture_of_depths": {"every": 1},
+    "router_tuning": {"branches": ("attention", "mlp")},
+}
+Stages = tuple[tuple[float, gateskip.GateSkipTrainingConfig], ...]
 ORDER = ("gateskip", "control", "random", "shortgpt", "mixture_of_depths", "gate_norm", "llm_drop")
 
 
@@ -89,8 +96,9 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
                 yield Job(name, variant, saved, seed)
 
 
-def prepared(job: Job, model: Any, result: dict[str, Any]) -> Any:
-    """Put the method in place; how it is trained. ``result`` gets its options."""
+def prepared(job: Job, model: Any, result: dict[str, Any]) -> Stages:
+    """Put the method in place; how it is trained, in stages of shares of all steps. ``result``
+    gets its options."""
     words = tokenizer()
     rows = list(problems(FIT_SEED, 300))
     compute = 1.0 - job.saved
@@ -98,39 +106,61 @@ def prepared(job: Job, model: Any, result: dict[str, Any]) -> Any:
         gate, training = VARIANTS[job.variant]
         gateskip.attach(model, gateskip.GateConfig(**(GATES | gate), seed=job.seed))
         if job.method == "control":
-            return gateskip.GateSkipTrainingConfig(backbone="full", arm="control")
+            return ((1.0, gateskip.GateSkipTrainingConfig(backbone="full", arm="control")),)
         gateskip.fit(model, rows, words)
         gateskip.calibrate(model, rows, words, grid=GRID)
         given = {"budget_end": compute, "backbone": "full"} | GATED | training
-        return gateskip.GateSkipTrainingConfig(**given)
+        return ((1.0, gateskip.GateSkipTrainingConfig(**given)),)
     wants = methods.METHODS.get(job.method)
     given = {"seed": job.seed, "compute": compute}
     options = {name: v for name, v in given.items() if name in wants.__dataclass_fields__}
     method = wants(**options)
     methods.apply(job.method, model, rows, words, **options)
     try:
-        found = method.training(model, compute)
+        found = method.stages(model, compute)
     except BudgetError:
-        if "every" not in wants.__dataclass_fields__:
+        more = FURTHER.get(job.method)
+        if more is None:
             raise
         gateskip.detach(model)
-        method = wants(**options, every=1)
-        methods.apply(job.method, model, rows, words, **options, every=1)
-        found = method.training(model, compute)
+        method = wants(**options, **more)
+        methods.apply(job.method, model, rows, words, **options, **more)
+        found = method.stages(model, compute)
     result["config"]["method"] = dataclasses.asdict(method)
     state_of(model).resolve(gateskip.Budget(compute=compute))
     if job.method == "random":
-        found = dataclasses.replace(found, **GATED)
-    return dataclasses.replace(found, backbone="full")
+        found = tuple((share, dataclasses.replace(c, **GATED)) for share, c in found)
+    # Everyone's backbone trains in full, but where a method's point is that it does not.
+    return tuple(
+        (share, c if c.backbone == "frozen" else dataclasses.replace(c, backbone="full"))
+        for share, c in found
+    )
 
 
-def train(job: Job, model: Any, config: Any, options: argparse.Namespace) -> tuple[Any, list[Any]]:
+def train(
+    job: Job, model: Any, stages: Stages, options: argparse.Namespace
+) -> tuple[Any, list[Any]]:
     """(the trained model, its curve of (step, cross-entropy))."""
-    rows = problems(TRAIN_SEED + job.seed, options.steps * options.batch_size)
+    rows = list(problems(TRAIN_SEED + job.seed, options.steps * options.batch_size))
+    begun, curve = 0, []
+    for share, config in stages:
+        steps = round(share * options.steps)
+        part = rows[begun * options.batch_size : (begun + steps) * options.batch_size]
+        model, found = stage(job, model, config, part, steps, options)
+        curve += [(begun + step, loss) for step, loss in found]
+        begun += steps
+    return model, curve
+
+
+def stage(
+    job: Job, model: Any, config: Any, rows: list[Any], steps: int, options: argparse.Namespace
+) -> tuple[Any, list[Any]]:
+    """As :func:`train`, of one stage."""
+    rate = ROUTER_RATE if config.backbone == "frozen" else options.learning_rate
     arguments = TrainingArguments(
-        output_dir=str(options.work), max_steps=options.steps,
-        per_device_train_batch_size=options.batch_size, learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine", warmup_steps=options.steps // 20, weight_decay=0.01,
+        output_dir=str(options.work), max_steps=steps,
+        per_device_train_batch_size=options.batch_size, learning_rate=rate,
+        lr_scheduler_type="cosine", warmup_steps=steps // 20, weight_decay=0.01,
         adam_beta2=0.98, logging_steps=10, save_strategy="no", seed=job.seed, report_to=[],
         use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
@@ -204,17 +234,19 @@ def run(job: Job, options: argparse.Namespace) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            config = prepared(job, model, result)
+            stages = prepared(job, model, result)
         except BudgetError as error:
             result["config"]["unreachable"] = str(error)
             return result
-        result["config"]["training"] = config.to_json()
+        result["config"]["training"] = [config.to_json() for _, config in stages]
         try:
-            model, result["curve"] = train(job, model, config, options)
+            model, result["curve"] = train(job, model, stages, options)
         except TrainingError as error:  # a loss that is not a number
             result["config"]["failed"] = str(error)
             return result | {"collapsed": True, "seconds": round(time.time() - begun, 1)}
         result["seconds"] = round(time.time() - begun, 1)
+        if options.models is not None:
+            gateskip.save(model, options.models / job.file.removesuffix(".json"))
         try:
             result |= tested(job, model, dense, options)
         except BudgetError as error:  # thresholds found again may end above it
@@ -239,10 +271,16 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=500)
     parser.add_argument("--budget-hours", type=float, default=math.inf)
     parser.add_argument("--work", type=Path, default=Path("build/lab/work"))
+    parser.add_argument("--threads", type=int, default=None, help="of torch")
+    parser.add_argument("--shard", type=int, nargs=2, default=(0, 1), metavar=("I", "OF"))
+    parser.add_argument("--models", type=Path, default=None, help="keep what was trained here")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     begun = time.time()
-    for job in jobs(options):
+    mine, of = options.shard
+    for job in itertools.islice(jobs(options), mine, None, of):
         target = options.out / job.file
         if target.is_file():
             continue

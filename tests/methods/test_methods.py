@@ -27,13 +27,16 @@ from gateskip.skipping.state import override, state_of
 from models import FAMILIES, fed, padded, random_ids, tiny
 
 NAMES = methods.METHODS.names()
-STATIC = ("every_second", "gate_norm", "layerskip", "llm_drop", "shortgpt")
+STATIC = ("every_second", "fixed_layers", "gate_norm", "layerskip", "llm_drop", "shortgpt")
 PLAIN = (
     *STATIC,
     *(n for n in NAMES if n.endswith("_linear")),
     "random",
     "calm",
+    "free",
     "mixture_of_depths",
+    "router_tuning",
+    "skipgpt",
 )
 every = pytest.mark.parametrize("name", NAMES)
 
@@ -345,7 +348,7 @@ def test_masked_is_physically_removed(name: str, tmp_path: Path) -> None:
     report = gateskip.export_static(model, tmp_path / "plain", budget=budget)
     plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
     torch.testing.assert_close(plain(ids).logits, expected, atol=1e-5, rtol=1e-4)
-    if name in ("shortgpt", "every_second", "layerskip"):
+    if name in ("shortgpt", "every_second", "fixed_layers", "layerskip"):
         assert report.layers == len(layers_of(plain, state_of(model).family)) < 4
     out = plain.generate(ids, max_new_tokens=4, do_sample=False)
     with gateskip.budget(model, compute=budget.value):
@@ -567,6 +570,105 @@ def test_calls_of_the_head_are_counted() -> None:
     for layer in range(1, 4):
         before, now = (trace.keep[i, "attention"][0] for i in (layer - 1, layer))
         assert not (now & ~before).any()
+
+
+@torch.no_grad()
+def test_free_leaves_after_the_shallow_model_or_not_at_all() -> None:
+    model, ids = applied("free", layers=2), random_ids(2, 16)
+    state, rows = state_of(model), [0]
+    rule: Any = rule_of(state)
+    handle = rule.head.register_forward_pre_hook(
+        lambda _, args: rows.__setitem__(0, rows[0] + args[0].shape[0])
+    )
+    with gateskip.budget(model, compute=0.8), gateskip.trace(model) as trace:
+        model(ids)
+    handle.remove()
+    assert rows[0] == 32  # everybody is asked once
+    masks = [trace.keep[layer, "attention"][0] for layer in range(4)]
+    assert all(mask.all() for mask in masks[:2])
+    assert torch.equal(masks[2], masks[3])
+    assert 0 < int(masks[2].sum()) < 32
+    # At a threshold that everybody passes it is the shallow model, the first token apart.
+    with override(state, thresholds=dict.fromkeys(state.branches, 1.1)):
+        found = model(ids).logits
+    short = tiny()
+    del short.model.layers[2:]
+    expected = short(ids, use_cache=False).logits
+    torch.testing.assert_close(found[:, 1:], expected[:, 1:], atol=1e-4, rtol=1e-4)
+    for layers in (0, 4):
+        with pytest.raises(ConfigError, match=f"layers={layers}"):
+            applied("free", layers=layers)
+
+
+def test_free_draws_shallow_states_to_deep_ones(tmp_path: Path) -> None:
+    from gateskip.training.exit_loss import exit_weights, layer_distance
+
+    assert exit_weights("shallow", 4, 7, 2) == pytest.approx([0, 2 / 6, 0, 4 / 6])
+    states = [torch.full((3, 5), float(value), requires_grad=True) for value in (1, 2, 4, 8)]
+    distance = layer_distance(states, 2)  # layers 0 and 1 to 1 and 3
+    assert float(distance.detach()) == pytest.approx(((1 - 2) ** 2 + (2 - 8) ** 2) / 2)
+    distance.backward()
+    assert states[3].grad is None
+    assert states[1].grad is not None
+    model = applied("free", layers=2)
+    options = methods.METHODS.get("free")(layers=2, distill=5.0).training(model, 0.75)
+    options = dataclasses.replace(options, backbone="full")
+    model, logged = trained(model, options, tmp_path, steps=16, rate=5e-3)
+    distances = [log["exit_distillation"] for log in logged if "exit_distillation" in log]
+    assert distances[-1] < 0.9 * distances[0]
+
+
+# -- routers --------------------------------------------------------------------------------------
+
+
+def trained(model: Any, options: Any, folder: Path, steps: int, rate: float) -> tuple[Any, Any]:
+    """(model after some steps, what was logged at each)."""
+    from transformers import TrainingArguments
+
+    rows = [{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in random_ids(64, 32)]
+    trainer = gateskip.GateSkipTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, use_cpu=True,
+            report_to=[], learning_rate=rate, disable_tqdm=True, logging_steps=1,
+        ),
+        gateskip_args=options,
+        train_dataset=rows,
+    )  # fmt: skip
+    trainer.train()
+    return trainer.finish(), trainer.state.log_history
+
+
+@pytest.mark.parametrize("name", ["router_tuning", "skipgpt"])
+def test_routers_come_down_to_their_target(name: str, tmp_path: Path) -> None:
+    model = applied(name)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    compute = 0.9 if name == "router_tuning" else 0.7
+    method = methods.METHODS.get(name)(cost=20.0)
+    options = method.stages(model, compute)[0][1]
+    found, logged = trained(model, options, tmp_path, steps=30, rate=2e-2)
+    # The share of what routers may save that a budget is: all branches are of one size here.
+    target = options.cost_target
+    costs = [log["expected_cost"] for log in logged if "expected_cost" in log]
+    assert costs[0] > target
+    if name == "skipgpt":
+        assert costs[-1] == pytest.approx(target, abs=0.08)
+    else:  # nothing draws it back from below
+        assert 0.2 < costs[-1] < target + 0.05
+    assert logged[-2]["skip_rate"] > 0.05
+    changed = {k for k, p in found.named_parameters() if not torch.equal(p, before[k])}
+    assert changed
+    assert all("score_" in key for key in changed)  # the model is frozen
+    with pytest.raises(BudgetError, match="below what routers"):
+        methods.METHODS.get(name)().training(applied(name), 0.05)
+
+
+def test_skipgpt_adapts_the_model_afterwards() -> None:
+    model = applied("skipgpt")
+    (first, routers), (second, adapts) = methods.METHODS.get("skipgpt")().stages(model, 0.7)
+    assert (first + second, routers.backbone, adapts.backbone) == (1.0, "frozen", "lora")
+    assert not adapts.train_gates
+    assert adapts.budget_end == 0.7
 
 
 def test_losses_of_all_layers(tmp_path: Path) -> None:

@@ -117,3 +117,20 @@ def test_meter_counts_by_branch_kind() -> None:
     assert rates["skip_rate"] == pytest.approx(seen.ledger.skip_rate)
     assert 0 < rates["skip_rate_mlp"] < 1
     assert meter.rates() == {}
+
+
+def test_what_is_penalised_of_the_cost() -> None:
+    objective = GateObjective(costs={(0, "mlp"): 1.0, (1, "mlp"): 3.0}, temperature=1.0)
+    # Of 10 tokens 9 and 4 are kept, softly.
+    spent = torch.tensor([9.0 * 0.25, 4.0 * 0.75], requires_grad=True)
+    objective.spent = {(0, "mlp"): spent[0], (1, "mlp"): spent[1]}
+    objective.tokens = 10
+    found = {kind: objective.excess(kind, 0.6) for kind in ("linear", "hinge", "absolute")}
+    assert float(found["linear"].detach()) == pytest.approx(0.525)
+    assert float(found["hinge"].detach()) == pytest.approx(0.3 * 0.25)  # the first branch alone
+    assert float(found["absolute"].detach()) == pytest.approx(0.075)
+    # Half of an accumulated batch counts half.
+    assert float(objective.excess("hinge", 0.6, 20).detach()) == pytest.approx(0.3 * 0.25 / 2)
+    found["absolute"].backward()
+    assert spent.grad is not None
+    assert (spent.grad < 0).all()  # below the target: keep more

@@ -19,6 +19,8 @@ METHODS: Registry[type[Method]] = Registry("method", "gateskip.methods")
 _BUILT_IN = {
     "calm": "calm:Calm",
     "every_second": "static:EverySecond",
+    "fixed_layers": "fixed_layers:FixedLayers",
+    "free": "free:Free",
     "gate_norm": "gate_norm:GateNorm",
     "gate_norm_linear": "linear:GateNormLinear",
     "layerskip": "layerskip:LayerSkip",
@@ -27,8 +29,10 @@ _BUILT_IN = {
     "mixture_of_depths": "mixture_of_depths:MixtureOfDepths",
     "position": "position:Position",
     "random": "random:Random",
+    "router_tuning": "routers:RouterTuning",
     "shortgpt": "shortgpt:ShortGPT",
     "shortgpt_linear": "linear:ShortGPTLinear",
+    "skipgpt": "routers:SkipGPT",
     "token_identity": "token_identity:TokenIdentity",
 }
 for _name, _target in _BUILT_IN.items():

@@ -46,6 +46,12 @@ class Method(ABC):
         """
         return GateSkipTrainingConfig(budget_end=compute, schedule="sampled")
 
+    def stages(
+        self, model: nn.Module, compute: float
+    ) -> tuple[tuple[float, GateSkipTrainingConfig], ...]:
+        """Trainings one after the other, each with its share of all steps."""
+        return ((1.0, self.training(model, compute)),)
+
     @abstractmethod
     def apply(self, model: nn.Module, data: Any, tokenizer: Any = None) -> nn.Module:
         """See :func:`gateskip.methods.apply`."""

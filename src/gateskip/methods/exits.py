@@ -31,6 +31,7 @@ MEASURES = ("softmax", "state", "probe")
 #: The score before anybody was asked, and its negative that of who has left: beyond what a
 #: confidence can be, and near enough to interpolate towards.
 UNSURE = 2.0
+NEVER = -1  # stands for None in a tensor
 CHUNK = 512  # tokens whose logits exist at once
 SHARE = 0.9  # of a threshold that does not decay
 
@@ -44,7 +45,8 @@ class ExitRule(Rule):
 
     Args:
         measure: one of the three. decay, horizon: decay and N, of the threshold over places.
-        first: the first layer that may be skipped.
+        first: the first layer that may be skipped. last: the last one before which tokens are
+            asked; None asks before all that follow.
         probes: of ``"probe"``, float32 ``[L, H + 1]``, bias last.
     """
 
@@ -59,10 +61,12 @@ class ExitRule(Rule):
         decay: float = 4.0,
         horizon: int = 256,
         first: int = 1,
+        last: int | None = None,
         probes: Tensor | None = None,
     ) -> None:
         one_of("measure", measure, MEASURES)
         self.measure, self.decay, self.horizon, self.first = measure, decay, horizon, first
+        self.last = last
         self.probes = probes
         self.norm: nn.Module | None = None
         self.head: nn.Module | None = None
@@ -78,14 +82,20 @@ class ExitRule(Rule):
 
     def macs(self, key: BranchKey, shape: ModelShape) -> int:
         """MACs of asking one token before a layer."""
-        if key[1] != "attention" or key[0] < self.first:
+        if key[1] != "attention" or not self._asks(key[0]):
             return 0
         each = {"softmax": shape.macs_lm_head, "state": 3 * shape.hidden, "probe": shape.hidden}
         return each[self.measure]
 
     def tensors(self) -> Mapping[str, Tensor]:
         numbers = torch.tensor(
-            [MEASURES.index(self.measure), self.decay, self.horizon, self.first],
+            [
+                MEASURES.index(self.measure),
+                self.decay,
+                self.horizon,
+                self.first,
+                NEVER if self.last is None else self.last,
+            ],
             dtype=torch.float64,
         )
         found = {"settings": numbers}
@@ -93,11 +103,15 @@ class ExitRule(Rule):
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        measure, decay, horizon, first = tensors["settings"].tolist()
+        measure, decay, horizon, first, last = tensors["settings"].tolist()
         return cls(
             MEASURES[int(measure)], decay=decay, horizon=int(horizon), first=int(first),
-            probes=tensors.get("probes"),
+            last=None if last == NEVER else int(last), probes=tensors.get("probes"),
         )  # fmt: skip
+
+    def _asks(self, layer: int) -> bool:
+        """Whether tokens are asked before a layer."""
+        return layer >= self.first and (self.last is None or layer <= self.last)
 
     def score(self, key: BranchKey, h_BTH: Tensor, call: Call) -> Tensor:
         layer = key[0]
@@ -105,7 +119,7 @@ class ExitRule(Rule):
         if before_BT is None:
             before_BT = torch.full(h_BTH.shape[:2], UNSURE, device=h_BTH.device)
         score_BT = before_BT
-        if layer >= self.first:
+        if self._asks(layer):
             there_BT = call.keep.get((layer - 1, "attention"))
             there_BT = call.everyone() if there_BT is None else there_BT & call.everyone()
             there_N = there_BT.flatten().nonzero()[:, 0]

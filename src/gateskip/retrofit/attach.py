@@ -155,7 +155,7 @@ def install(
                 if gate is None:
                     gate = gate_class.build(config, hidden, generator)
                     gate.detach_input = config.detach_input
-                    if config.importance == "head" and config.kind_of(kind) != "unit":
+                    if config.importance == "head" and config.kind_of(kind) == config.kind:
                         gate.add_head(hidden)
                     gate.to(device_of(module))
                     gate.train(module.training)

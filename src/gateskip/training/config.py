@@ -14,9 +14,10 @@ BACKBONES = ("frozen", "lora", "full")
 UNITS = ("compute", "keep")
 SCHEDULES = ("linear", "cosine", "constant", "sampled")
 PENALTIES = ("l2", "l1", "kl", "hinge")
-THRESHOLDS = ("calibrated", "batch", "sequence", "running", "learned")
+THRESHOLDS = ("calibrated", "batch", "sequence", "running", "learned", "zero")
+COST_KINDS = ("linear", "hinge", "absolute")
 ARMS = ("gateskip", "control")
-EXIT_LOSSES = ("none", "weighed", "rotating")
+EXIT_LOSSES = ("none", "weighed", "rotating", "shallow")
 TEACHERS = ("before", "itself")
 
 
@@ -38,6 +39,9 @@ class GateSkipTrainingConfig:
             paper). Above: straight-through gradients of temperature T, in units of the score.
         cost_weight: weight of the expected share of MACs spent, which straight-through gradients
             trade against the loss.
+        cost_kind: what is weighed: ``"linear"``: the share itself; ``"hinge"``: what it is above
+            ``cost_target``; ``"absolute"``: how far it is from that.
+        cost_target: share of what skips can save that may be spent, of the last two.
         train_compensation: False leaves the compensation as it is.
         gate_learning_rate, compensation_learning_rate: None takes the trainer's learning rate.
         distill: share d of the loss that is KL(teacher ‖ gated) at labelled positions; the rest is
@@ -56,8 +60,9 @@ class GateSkipTrainingConfig:
             decide as inference does; ``"batch"``: the paper's quantile of every batch, not causal;
             ``"sequence"``: the highest of every sequence (Mixture-of-Depths), not causal;
             ``"running"``: an average of each branch's quantiles over steps; ``"learned"``: a
-            parameter of each branch, from the calibrated one on. All but the first and the last
-            count ``keep``, every branch alike.
+            parameter of each branch, from the calibrated one on; ``"zero"``: a token is kept where
+            its score is at least 0 (σ(score) ≥ ½), and the cost says how many are. The paper's,
+            the sequence's and the running ones count ``keep``, every branch alike.
         auxiliary: weight of the loss that teaches scores above 0 to be the ones that
             ``thresholds="sequence"`` keeps (arXiv 2404.02258, section 3.5).
         threshold_momentum: of ``"running"``. threshold_learning_rate: of ``"learned"``; None takes
@@ -66,7 +71,11 @@ class GateSkipTrainingConfig:
             trainer's ``calibration_data``.
         exit_loss: what layers before the last learn to predict through the model's own head:
             ``"weighed"``: all of them, weighed by depth (CALM, arXiv 2207.07061, eq. 6);
-            ``"rotating"``: every fourth one in turn (LayerSkip, arXiv 2404.16710, section 4.2).
+            ``"rotating"``: every fourth one in turn (LayerSkip, arXiv 2404.16710, section 4.2);
+            ``"shallow"``: one of them (FREE, arXiv 2310.05424, section 4.1).
+        exit_layers: of ``"shallow"``: so many layers are the shallow model.
+        exit_distill: of ``"shallow"``: weight of the mean squared distance between its layers'
+            states and those of deeper ones.
         layer_dropout: probability that a sequence drops the last layer, falling towards the first
             (LayerSkip, section 4.1); of a model with ``decision="layer"``.
         arm: ``"control"`` trains the same backbone on the same data without gates and skipping.
@@ -83,6 +92,8 @@ class GateSkipTrainingConfig:
     train_gates: bool = False
     decision_gradient: float = 0.0
     cost_weight: float = 0.0
+    cost_kind: Literal["linear", "hinge", "absolute"] = "linear"
+    cost_target: float = 0.8
     train_compensation: bool = True
     gate_learning_rate: float | None = None
     compensation_learning_rate: float | None = None
@@ -95,12 +106,16 @@ class GateSkipTrainingConfig:
     budget_mlp: float | None = None
     budget_steps: float = 0.5
     schedule: Literal["linear", "cosine", "constant", "sampled"] = "linear"
-    thresholds: Literal["calibrated", "batch", "sequence", "running", "learned"] = "calibrated"
+    thresholds: Literal["calibrated", "batch", "sequence", "running", "learned", "zero"] = (
+        "calibrated"
+    )
     auxiliary: float = 0.0
     threshold_momentum: float = 0.9
     threshold_learning_rate: float | None = None
     calibrate_every: int = 0
-    exit_loss: Literal["none", "weighed", "rotating"] = "none"
+    exit_loss: Literal["none", "weighed", "rotating", "shallow"] = "none"
+    exit_layers: int = 1
+    exit_distill: float = 0.0
     layer_dropout: float = 0.0
     arm: Literal["gateskip", "control"] = "gateskip"
 
@@ -112,6 +127,7 @@ class GateSkipTrainingConfig:
         one_of("thresholds", self.thresholds, THRESHOLDS)
         one_of("arm", self.arm, ARMS)
         one_of("exit_loss", self.exit_loss, EXIT_LOSSES)
+        one_of("cost_kind", self.cost_kind, COST_KINDS)
         if self.exit_loss != "none" and self.distill:
             raise ConfigError(f"exit_loss={self.exit_loss!r} has no teacher; set distill=0.")
         if not 0.0 <= self.layer_dropout < 1.0:
@@ -124,7 +140,7 @@ class GateSkipTrainingConfig:
         one_of("teacher", self.teacher, TEACHERS)
         for name in (
             "budget_start", "budget_end", "budget_steps", "budget_attention", "budget_mlp",
-            "penalty_target",
+            "penalty_target", "cost_target",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not 0.0 < value <= 1.0:
@@ -146,13 +162,19 @@ class GateSkipTrainingConfig:
             "decision_gradient",
             "cost_weight",
             "auxiliary",
+            "exit_distill",
             "gate_learning_rate",
             "compensation_learning_rate",
         ):
             value = getattr(self, name)
             if value is not None and not value >= 0.0:
                 raise ConfigError(f"{name}={value!r} must not be negative.")
-        for name, least in (("lora_rank", 1), ("lora_alpha", 1), ("calibrate_every", 0)):
+        for name, least in (
+            ("lora_rank", 1),
+            ("lora_alpha", 1),
+            ("calibrate_every", 0),
+            ("exit_layers", 1),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name}={value!r} must be an integer of at least {least}.")
@@ -193,12 +215,18 @@ class GateSkipTrainingConfig:
             raise ConfigError(
                 f"threshold_momentum={self.threshold_momentum!r} must be a number in [0, 1)."
             )
-        if self.thresholds == "learned" and not (self.decision_gradient and self.cost_weight):
+        moved = self.thresholds in ("learned", "zero")
+        if moved and not (self.decision_gradient and self.cost_weight):
             raise ConfigError(
-                "thresholds='learned' needs decision_gradient= and cost_weight=, which move them."
+                f"thresholds={self.thresholds!r} needs decision_gradient= and cost_weight=, which "
+                "move what is kept."
             )
-        if self.thresholds == "learned" and own:
-            raise ConfigError("thresholds='learned' have no budgets; leave budget_attention out.")
+        if moved and own:
+            raise ConfigError(
+                f"thresholds={self.thresholds!r} has no budgets; leave budget_attention out."
+            )
+        if self.thresholds == "zero" and not self.train_gates:
+            raise ConfigError("thresholds='zero' moves scores; set train_gates=True.")
         if self.thresholds in ("batch", "sequence") and self.decision_gradient:
             raise ConfigError(
                 f"decision_gradient={self.decision_gradient!r} needs a threshold that is known "

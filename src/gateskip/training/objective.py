@@ -39,6 +39,7 @@ class GateObjective:
         slopes: per branch, of penalties on the branch's mean.
         temperature: of straight-through decisions, in units of the score; 0: decisions get none.
         costs: MACs that a skip saves, per branch, for the expected cost; None: not asked for.
+        hard: whether the cost counts decisions, whose gradient the soft ones have.
         predicts: whether scores learn to be above 0 where the sequence's top-k keeps a token.
 
     Attributes:
@@ -56,8 +57,10 @@ class GateObjective:
         slopes: Mapping[BranchKey, float] | None = None,
         temperature: float = 0.0,
         costs: Mapping[BranchKey, float] | None = None,
+        hard: bool = False,
         predicts: bool = False,
     ) -> None:
+        self.hard = hard
         self.predicts = predicts
         self.missed: dict[BranchKey, Tensor] = {}
         self.penalty, self.slopes, self.temperature = penalty, slopes, temperature
@@ -88,6 +91,8 @@ class GateObjective:
         if self.temperature and self.shares and known:
             assert threshold is not None
             p_BT = self._soft(gate, u_BTH, threshold)
+            if self.hard:
+                p_BT = p_BT - p_BT.detach() + (p_BT.detach() >= 0.5)
             found.append((self.spent, (p_BT * valid_BT).sum() * self.shares[key]))
         if self.predicts and isinstance(threshold, SequenceTopK) and _moves(gate):
             found.append((self.missed, self._missed(gate, u_BTH, threshold, call)))
@@ -154,6 +159,24 @@ class GateObjective:
         """Expected share of what skips can save that is spent, over tokens as in :meth:`mean`."""
         total = torch.stack(self._graphs(self.spent)).sum()
         return total / (self.tokens if tokens is None else tokens)
+
+    def excess(self, kind: str, target: float, tokens: Tensor | int | None = None) -> Tensor:
+        """What of :meth:`cost` is penalised, over tokens as there.
+
+        Args:
+            kind: ``"linear"``: all of it; ``"hinge"``: what each branch spends above the target
+                (arXiv 2410.13184); ``"absolute"``: how far the whole is from it (arXiv 2506.04179).
+            target: share of what skips can save that may be spent.
+        """
+        if kind == "linear":
+            return self.cost(tokens)
+        each = torch.stack(self._graphs(self.spent)) / self.tokens
+        if kind == "hinge":
+            share = torch.tensor([self.shares[key] for key in self.spent], device=each.device)
+            found = (each - target * share).relu().sum()
+        else:
+            found = (each.sum() - target).abs()
+        return found if tokens is None else found * (self.tokens / tokens)
 
     def prediction(self, tokens: Tensor | int | None = None) -> Tensor:
         """Cross-entropy of predicted top-k, mean over branches, over tokens as in :meth:`mean`."""

@@ -109,6 +109,8 @@ class OwnThresholds:
         state, config = state_of(self.model), self.config
         if config.thresholds == "learned":
             return {"thresholds": learned(self.model)}
+        if config.thresholds == "zero":
+            return {"thresholds": dict.fromkeys(state.branches, 0.0)}
         if budgets is None:
             return {}
         if config.layer_dropout:

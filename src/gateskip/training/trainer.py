@@ -37,7 +37,7 @@ from gateskip.training.checkpoints import (
 from gateskip.training.checks import check_combination, check_thresholds
 from gateskip.training.config import GateSkipTrainingConfig
 from gateskip.training.dataset import Collator, SeededLengths, TokenDataset
-from gateskip.training.exit_loss import exit_weights
+from gateskip.training.exit_loss import exit_weights, layer_distance
 from gateskip.training.head_loss import head_loss
 from gateskip.training.objective import GateObjective, SkipMeter, labelled, rates_of
 from gateskip.training.penalty import BY_MEAN, GateMeans
@@ -232,7 +232,9 @@ class GateSkipMixin:
         if objective is not None and objective.spent:
             cost = objective.cost(tokens)
             self._note("expected_cost", cost)
-            found = found + config.cost_weight * cost
+            found = found + config.cost_weight * objective.excess(
+                config.cost_kind, config.cost_target, tokens
+            )
         if objective is not None and config.auxiliary:
             missed = objective.prediction(tokens)
             self._note("top_k_prediction", missed)
@@ -261,7 +263,8 @@ class GateSkipMixin:
         return GateObjective(
             penalty=config.penalty_kind if config.penalty else None,
             slopes=None if self._means is None else self._means.slopes(),
-            temperature=config.decision_gradient, costs=costs, predicts=config.auxiliary > 0.0,
+            temperature=config.decision_gradient, costs=costs, hard=config.cost_kind != "linear",
+            predicts=config.auxiliary > 0.0,
         )  # fmt: skip
 
     @contextlib.contextmanager
@@ -328,8 +331,9 @@ class GateSkipMixin:
             out = decoder(**given, use_cache=False, output_hidden_states=True)
             states = [norm(h[:, :-1][chosen_BT]) for h in out.hidden_states[1:-1]]
             states.append(out.last_hidden_state[:, :-1][chosen_BT])
+            config = self.gateskip_args
             weights = exit_weights(
-                self.gateskip_args.exit_loss, len(states), self.state.global_step
+                config.exit_loss, len(states), self.state.global_step, config.exit_layers
             )
             asked = [(h, w) for h, w in zip(states, weights, strict=True) if w]
             # At once, so that the head's gradient is kept once.
@@ -337,6 +341,10 @@ class GateSkipMixin:
                 head, torch.cat([h for h, _ in asked]), target_N.repeat(len(asked)),
                 weight_N=torch.cat([h.new_full(h.shape[:1], w).float() for h, w in asked]),
             )  # fmt: skip
+            if config.exit_distill:
+                distance = layer_distance(states, config.exit_layers)
+                self._note("exit_distillation", distance)
+                total = total + config.exit_distill * distance * target_N.shape[0]
         self._note("exit_loss", total / n)
         return total / n
 

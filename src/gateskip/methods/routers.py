@@ -1,0 +1,110 @@
+"""Learned routers on branches that are otherwise left alone.
+
+A linear score of a branch's input keeps a token where σ(score) ≥ ½, trained with a straight-through
+gradient against the loss and the cost. Kept branches are as they were: nothing weighs their output.
+Afterwards thresholds are calibrated, so that a model serves more budgets than the one it was
+trained for.
+
+Ours versus the papers: a skipped branch is not computed in training either, so the gradient of a
+decision comes from kept tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from gateskip.calibration.thresholds import calibrate
+from gateskip.config import BRANCH_KINDS
+from gateskip.errors import BudgetError
+from gateskip.methods.base import Method, bare
+from gateskip.methods.mixture_of_depths import capacity
+from gateskip.retrofit.attach import gate_of, gated_branches
+from gateskip.skipping.state import state_of
+from gateskip.training.config import GateSkipTrainingConfig
+
+__all__ = ["RouterTuning", "SkipGPT"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Routed(Method):
+    """Routers, which rank at random until they are trained.
+
+    Attributes:
+        branches: which have routers. start: score of a token before training, which the threshold
+            of 0 keeps. temperature: of the straight-through gradient. cost: weight of the cost.
+        seed: of the routers' first weights.
+    """
+
+    trained: ClassVar[bool] = True
+    cost_kind: ClassVar[Any] = "absolute"
+    branches: tuple[str, ...] = BRANCH_KINDS
+    start: float = 0.5
+    temperature: float = 1.0
+    cost: float = 1.0
+    seed: int = 0
+
+    def apply(self, model: nn.Module, data: Any, tokenizer: Any = None) -> nn.Module:
+        state = bare(model, importance="head", branches=tuple(self.branches), seed=self.seed)
+        random = torch.Generator().manual_seed(self.seed)
+        for module in gated_branches(model, state.family).values():
+            gate = gate_of(module)
+            width = gate.decision_weights()[0].shape[0]
+            gate.set_head(torch.randn(width, generator=random) / width, self.start)
+        calibrate(model, data, tokenizer, allocation="global", weigh_cost=False)
+        return model
+
+    def training(self, model: nn.Module, compute: float) -> GateSkipTrainingConfig:
+        return GateSkipTrainingConfig(
+            backbone="frozen", train_gates=True, train_compensation=False, thresholds="zero",
+            decision_gradient=self.temperature, cost_weight=self.cost, cost_kind=self.cost_kind,
+            cost_target=self.share(model, compute), budget_end=1.0,
+        )  # fmt: skip
+
+    def share(self, model: nn.Module, compute: float) -> float:
+        """Of the MACs that routers can save, those that a budget spends. Raises BudgetError."""
+        try:
+            return capacity(state_of(model), compute)
+        except BudgetError as error:
+            raise BudgetError(
+                f"compute={compute:g} is below what routers on {self.branches!r} reach; give "
+                "both branches, or a larger budget."
+            ) from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterTuning(_Routed):
+    """Router-Tuning (arXiv 2410.13184): a frozen model's attentions get routers (its MindSkip, by
+    token), and each is penalised for what it keeps above its capacity."""
+
+    paper: ClassVar[str] = "arXiv 2410.13184"
+    cost_kind: ClassVar[Any] = "hinge"
+    branches: tuple[str, ...] = ("attention",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SkipGPT(_Routed):
+    """SkipGPT (arXiv 2506.04179): routers of attentions and of MLPs learn first, in a frozen model,
+    against a target for all of them together; then LoRA adapts the model to them.
+
+    Ours versus the paper: no Gumbel noise on decisions; an MLP's router reads that MLP's input.
+
+    Attributes:
+        router_steps: share of the training that is the routers'.
+    """
+
+    paper: ClassVar[str] = "arXiv 2506.04179"
+    router_steps: float = 0.5
+
+    def stages(
+        self, model: nn.Module, compute: float
+    ) -> tuple[tuple[float, GateSkipTrainingConfig], ...]:
+        adapts = GateSkipTrainingConfig(
+            backbone="lora", train_compensation=False, budget_start=compute, budget_end=compute,
+            schedule="constant",
+        )  # fmt: skip
+        first = self.router_steps
+        return ((first, self.training(model, compute)), (1.0 - first, adapts))
