@@ -213,6 +213,17 @@ def test_explain(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "usage.png").stat().st_size > 0
 
 
+def test_explain_by_kind(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Words of the tokenizer here are all of one kind, and a text's first token is another.
+    found = as_json("explain", folder / "gates", "--data", folder / "data.jsonl", "--keep", 0.6)
+    rows = {row["kind"]: row for row in found["rows"]}
+    assert found["tokens"] == 24 * 48
+    assert rows["beginning"]["skip_rate"] == 0.0
+    assert rows["beginning"]["p"] is None
+    assert sum(row["tokens"] for row in rows.values()) == 24 * 48
+    assert found["skip_rate"] == pytest.approx(0.4, abs=0.1)
+
+
 def test_info_reads_the_config_alone(folder: Path, tmp_path: Path) -> None:
     config = (folder / "base" / "config.json").read_text()
     (tmp_path / "config.json").write_text(config)
@@ -265,6 +276,10 @@ def test_help_is_light() -> None:
          "does not exist"),
         (("bench", "{0}/gates", "--data", "{0}/data.jsonl", "--dtype", "float32"), "tokens need"),
         (("explain", "{0}/gates", "--text", "w1", "--png", "{0}/no/x.png"), "--png"),
+        (("explain", "{0}/gates"), "one of --text"),
+        (("explain", "{0}/gates", "--text", "w1", "--data", "{0}/data.jsonl"), "one of --text"),
+        (("explain", "{0}/gates", "--data", "{0}/data.jsonl", "--png", "{0}/x.png"), "one text"),
+        (("explain", "{0}/gates", "--data", "{0}/data.jsonl"), "choose a budget"),
         (("info",), "--families"),
         (("info", "{0}/none"), "no config that loads"),
     ],

@@ -766,3 +766,12 @@ def test_linear_maps_bring_back_some_of_what_is_removed(name: str) -> None:
         for parameter in compensation_of(module).parameters():
             parameter.zero_()
     assert with_maps < 0.9 * error()
+
+
+def test_half_of_the_layers_is_half_of_the_macs_whatever_rounding_says() -> None:
+    table = state_of(known("shortgpt")).policy
+    assert table is not None
+    assert table.compute == pytest.approx((1.0, 0.75, 0.5, 0.25))
+    for error in (-1e-12, 0.0, 1e-12):
+        rounded = dataclasses.replace(table, compute=tuple(c + error for c in table.compute))
+        assert rounded.resolve(gateskip.Budget(compute=0.5)) == table.thresholds[2]

@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gateskip.explain.kinds import KindReport
 from gateskip.explain.usage import Usage
 
-__all__ = ["print_usage"]
+__all__ = ["print_kinds", "print_usage"]
 
 SHADES = "░▒▓█"
 COLOURS = ("blue", "cyan", "yellow", "red")
@@ -37,6 +38,23 @@ def print_usage(usage: Usage, tokens: Sequence[str], console: Console) -> None:
     console.print(
         f"skipped {usage.skip_rate:.1%} of token×branch pairs ({kinds}); "
         f"decoder MACs saved, net: {usage.macs_saved:.1%}",
+        highlight=False,
+    )
+
+
+def print_kinds(report: KindReport, console: Console) -> None:
+    """Print skip rates by kind of token, and what the permutation test says of them."""
+    table = Table(title="Skipped by kind of token", title_justify="left")
+    for name in ("kind", "tokens", "skipped", "beside the rest, same place", "p (Holm)"):
+        table.add_column(name, justify="left" if name == "kind" else "right")
+    for row in report.rows:
+        gap = "" if row.difference is None else f"{100 * row.difference:+.1f} points"
+        p = "" if row.p_holm is None else f"{row.p_holm:.4f}"
+        table.add_row(row.kind, f"{row.tokens:,}", f"{row.skip_rate:.1%}", gap, p)
+    console.print(table)
+    console.print(
+        f"{report.tokens:,} tokens of {report.texts} texts, {report.skip_rate:.1%} of pairs "
+        f"skipped; kinds explain {report.explained:.0%} of how tokens at one place differ",
         highlight=False,
     )
 

@@ -21,6 +21,8 @@ __all__ = ["OFF", "ThresholdTable"]
 
 #: A threshold from here on switches a branch off: it skips protected tokens, too.
 OFF = 1e30
+#: Shares that differ by less are the same.
+ROUNDING = 1e-9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,16 +121,17 @@ class ThresholdTable:
         if budget.full:
             return None
         values, asked = self._curve(budget, costs, records), budget.value
-        if asked < values[-1] - 1e-9:
+        if asked < values[-1] - ROUNDING:
             raise BudgetError(self._too_low(budget, values[-1]))
         if budget.unit == "latency" and asked >= values[0]:
             return None  # nothing needs to be skipped
         # Values descend along the grid; a gate that costs more than it saves can start above 1.
-        position = bisect.bisect_left([-v for v in values], -asked)
+        # Half of the layers is half of the MACs, whatever rounding says.
+        position = bisect.bisect_left([-v for v in values], -asked - ROUNDING)
         if position == 0:
             return 0, 0.0
         high, low = values[position - 1], values[min(position, len(values) - 1)]
-        return position, 0.0 if high == low else (high - asked) / (high - low)
+        return position, 0.0 if high == low else min((high - asked) / (high - low), 1.0)
 
     def _curve(
         self,

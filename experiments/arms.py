@@ -1,0 +1,266 @@
+"""Arms of an experiment: a method put in place for a saving, and trained as all others are.
+
+All arms of a bench start from the same dense model, see the same rows in the same order for the
+same number of steps, and differ by the method alone. A run is for one saving: a method is trained
+for the budget that it is tested at. A seed draws the rows, their order and whatever a method draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import set_seed
+
+import gateskip
+from gateskip import methods
+from gateskip.data import encode
+from gateskip.errors import BudgetError, TrainingError
+from gateskip.methods.static import Static
+from gateskip.skipping.state import state_of
+from gateskip.training import GateSkipTrainer
+from gateskip.training.dataset import make_dataset
+from gateskip.training.recalibration import recalibrate
+
+__all__ = ["Bench", "Job", "Stages", "add_options", "every_job", "make", "static"]
+
+Stages = tuple[tuple[float, gateskip.GateSkipTrainingConfig], ...]
+#: (options of the gates, options of the training).
+Variant = tuple[dict[str, Any], dict[str, Any]]
+#: Where a method cannot save so much as it is, how it can.
+FURTHER: dict[str, dict[str, Any]] = {
+    "mixture_of_depths": {"every": 1},
+    "router_tuning": {"branches": ("attention", "mlp")},
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Job:
+    """One run to make."""
+
+    method: str
+    variant: str
+    saved: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its result file, without suffix."""
+        name = "_".join(part for part in (self.method, self.variant) if part)
+        return f"{name}_{round(100 * self.saved)}_s{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What arms of an experiment have in common.
+
+    Attributes:
+        name: top-level ``bench`` of its results.
+        fresh: a new dense model, whose weights are trained in full or by LoRA (``backbone``).
+        fit_rows: what gates are fitted on, and thresholds calibrated.
+        train_rows: (seed, how many) to rows.
+        test: (job, model, dense model) to figures of a result.
+        gates, training: of the main form of gates. variants: by name, changes of both; a variant
+            named as an allocation is calibrated with it.
+        grid: shares of pairs kept of calibrations.
+        collapsed: a run whose accuracy is below this has collapsed.
+        router_rate: learning rate where routers alone are trained.
+        trainer: options of the trainer, of all arms.
+    """
+
+    name: str
+    fresh: Callable[[], Any]
+    tokenizer: Any
+    fit_rows: Sequence[Any]
+    train_rows: Callable[[int, int], Sequence[Any]]
+    test: Callable[[Job, Any, Any], dict[str, Any]]
+    max_length: int
+    gates: dict[str, Any]
+    training: dict[str, Any]
+    variants: dict[str, Variant]
+    backbone: str
+    grid: tuple[float, ...]
+    collapsed: float
+    router_rate: float
+    trainer: dict[str, Any]
+
+    def prepared(self, job: Job, model: Any) -> tuple[Stages, dict[str, Any]]:
+        """Put the method in place: (how it is trained, options of the method).
+
+        Raises:
+            BudgetError: the method cannot save so much.
+        """
+        compute, rows = 1.0 - job.saved, self.fit_rows
+        if job.method in ("gateskip", "control"):
+            gate, training = self.variants[job.variant]
+            gateskip.attach(model, gateskip.GateConfig(**(self.gates | gate), seed=job.seed))
+            given: dict[str, Any] = {"backbone": self.backbone}
+            if job.method == "control":
+                return ((1.0, gateskip.GateSkipTrainingConfig(**given, arm="control")),), {}
+            gateskip.fit(model, rows, self.tokenizer)
+            how = {"allocation": job.variant} if job.variant in ("uniform", "searched") else {}
+            gateskip.calibrate(model, rows, self.tokenizer, grid=self.grid, **how)
+            given |= {"budget_end": compute} | self.training | training
+            return ((1.0, gateskip.GateSkipTrainingConfig(**given)),), {}
+        wants = methods.METHODS.get(job.method)
+        known = {field.name for field in dataclasses.fields(wants)}
+        drawn: dict[str, Any] = {"seed": job.seed, "compute": compute}
+        options = {name: value for name, value in drawn.items() if name in known}
+        methods.apply(job.method, model, rows, self.tokenizer, **options)
+        try:
+            found = wants(**options).stages(model, compute)
+        except BudgetError:
+            if job.method not in FURTHER:
+                raise
+            gateskip.detach(model)
+            options |= FURTHER[job.method]
+            methods.apply(job.method, model, rows, self.tokenizer, **options)
+            found = wants(**options).stages(model, compute)
+        state_of(model).resolve(gateskip.Budget(compute=compute))
+        if job.method == "random":
+            found = tuple((s, dataclasses.replace(c, **self.training)) for s, c in found)
+        # One kind of backbone for all, but where a method's point is that it is frozen.
+        changed: dict[str, Any] = {"backbone": self.backbone}
+        return tuple(
+            (s, c if c.backbone == "frozen" else dataclasses.replace(c, **changed))
+            for s, c in found
+        ), dataclasses.asdict(wants(**options))
+
+    def trained(
+        self, job: Job, model: Any, stages: Stages, options: argparse.Namespace
+    ) -> tuple[Any, list[tuple[int, float]]]:
+        """(the trained model, its curve of (step, cross-entropy))."""
+        batch = options.batch_size
+        rows = self.train_rows(job.seed, options.steps * batch)
+        begun, curve = 0, []
+        for share, config in stages:
+            steps = round(share * options.steps)
+            part = rows[begun * batch : (begun + steps) * batch]
+            model, found = self._stage(job, model, config, part, steps, options)
+            curve += [(begun + step, loss) for step, loss in found]
+            begun += steps
+        return model, curve
+
+    def _stage(
+        self, job: Job, model: Any, config: Any, rows: Any, steps: int, options: argparse.Namespace
+    ) -> tuple[Any, list[tuple[int, float]]]:
+        rate = self.router_rate if config.backbone == "frozen" else options.learning_rate
+        given: dict[str, Any] = {
+            "output_dir": str(options.work / job.name), "max_steps": steps,
+            "per_device_train_batch_size": options.batch_size, "learning_rate": rate,
+            "lr_scheduler_type": "cosine", "warmup_steps": steps // 20, "logging_steps": 10,
+            "save_strategy": "no", "seed": job.seed, "report_to": [], "disable_tqdm": True,
+        }  # fmt: skip
+        trainer = GateSkipTrainer(
+            model, TrainingArguments(**(given | self.trainer)),
+            train_dataset=make_dataset(rows, self.tokenizer, self.max_length),
+            gateskip_args=config, processing_class=self.tokenizer,
+            calibration_data=[
+                sample.ids for sample in encode(self.fit_rows, self.tokenizer, self.max_length)
+            ],
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        model = trainer.finish()
+        if config.arm != "control" and not static(job.method):
+            recalibrate(model, self.fit_rows, self.tokenizer, grid=self.grid)
+        return model, [
+            (entry["step"], round(entry.get("cross_entropy", entry["loss"]), 5))
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ]
+
+    def run(self, job: Job, options: argparse.Namespace) -> dict[str, Any]:
+        """The result of a run; one whose saving cannot be reached says so."""
+        from gateskip.evaluation.header import run_header
+
+        set_seed(job.seed)
+        dense = self.fresh()
+        model = self.fresh()
+        settings = {k: getattr(options, k) for k in ("steps", "batch_size", "learning_rate")}
+        result: dict[str, Any] = {
+            "bench": self.name, "method": job.method, "seed": job.seed, "saved_macs": job.saved,
+            "accuracy": None, "loss": None, "seconds": None,
+            "config": {"variant": job.variant} | settings, "versions": run_header(options.command),
+        }  # fmt: skip
+        begun = time.time()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                stages, result["config"]["method"] = self.prepared(job, model)
+                result["config"]["training"] = [config.to_json() for _, config in stages]
+                model, result["curve"] = self.trained(job, model, stages, options)
+                result["seconds"] = round(time.time() - begun, 1)
+                if options.models is not None:
+                    gateskip.save(model, options.models / job.name)
+                result |= self.test(job, model, dense)
+            except BudgetError as error:
+                result["config"]["unreachable"] = str(error)
+                return result
+            except TrainingError as error:  # a loss that is not a number
+                result["config"]["failed"] = str(error)
+                return result | {"collapsed": True, "seconds": round(time.time() - begun, 1)}
+        low = result["accuracy"] is not None and result["accuracy"] < self.collapsed
+        result["collapsed"] = low or not math.isfinite(result["loss"])
+        return result
+
+
+def static(name: str) -> bool:
+    """Whether a method removes branches for good, so that there are no thresholds to find."""
+    return name in methods.METHODS.names() and issubclass(methods.METHODS.get(name), Static)
+
+
+def every_job(options: argparse.Namespace) -> Iterator[Job]:
+    """Runs in the order in which they tell most, all methods of a seed and saving together."""
+    for seed, saved in itertools.product(options.seeds, options.saved):
+        for name in options.methods:
+            if (name == "control") != (saved == 0.0) and name != "gateskip":
+                continue  # a control saves nothing, and at 0 every other method is one
+            for variant in options.variants if name == "gateskip" else ("",):
+                if not variant or saved:
+                    yield Job(name, variant, saved, seed)
+
+
+def add_options(parser: argparse.ArgumentParser, variants: Sequence[str]) -> None:
+    """What the command lines of all benches take."""
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--variants", nargs="+", default=[""], choices=["", *variants])
+    parser.add_argument("--budget-hours", type=float, default=math.inf)
+    parser.add_argument("--threads", type=int, default=None, help="of torch")
+    parser.add_argument("--shard", type=int, nargs=2, default=(0, 1), metavar=("I", "OF"))
+    parser.add_argument("--models", type=Path, default=None, help="keep what was trained here")
+
+
+def make(bench: Bench, options: argparse.Namespace) -> None:
+    """All runs that have no result yet, until the time is over; a run that was cut off begins
+    again."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    begun = time.time()
+    mine, of = options.shard
+    for job in itertools.islice(every_job(options), mine, None, of):
+        target = options.out / f"{job.name}.json"
+        if target.is_file():
+            continue
+        if (time.time() - begun) / 3600 > options.budget_hours:
+            print("the time is over; run it again to go on", flush=True)
+            return
+        result = bench.run(job, options)
+        part = target.with_suffix(f".tmp{os.getpid()}")
+        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, target)
+        shown = {k: result.get(k) for k in ("accuracy", "loss", "realised_macs", "seconds")}
+        print(job.name, json.dumps(shown), f"{time.time() - begun:.0f} s", flush=True)

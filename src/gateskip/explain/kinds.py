@@ -1,0 +1,240 @@
+"""Do skips go by the kind of token? Rates by kind and layer, with a permutation test.
+
+Three things make such tables say more than there is: texts differ, tokens at different places are
+skipped at different rates, whatever they are, and neighbours resemble each other. So kinds are
+compared within a text and at the same place, and the null turns the kinds of every text round by a
+random number of tokens, which leaves neighbours as they are.
+
+Shapes: T tokens of a text, N of all texts, K kinds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from gateskip.data import encode, take_tokens
+from gateskip.errors import ConfigError, DataError
+from gateskip.evaluation.statistics import holm
+from gateskip.explain.usage import branch_usage
+
+__all__ = ["FUNCTION_WORDS", "KINDS", "KindReport", "KindRow", "skips_by_kind", "token_kinds"]
+
+KINDS = (
+    "beginning", "special", "space", "punctuation", "number", "function word", "word",
+    "inside a word",
+)  # fmt: skip
+#: Words of English that carry grammar.
+FUNCTION_WORDS = frozenset(
+    "a an the this that these those and or but nor so yet if because while although though since "
+    "unless until as than of in on at by for with without from to into onto over under between "
+    "among through during before after above below up down out off about against i you he she it "
+    "we they me him her us them my your his its our their mine yours hers ours theirs who whom "
+    "whose which what where when why how am is are was were be been being do does did have has had "
+    "having will would shall should can could may might must not no there here each every any some "
+    "all both either neither".split()
+)
+LEAST_TOKENS = 1_000
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KindRow:
+    """One kind of token.
+
+    Attributes:
+        tokens: how many. skip_rate: share of token×branch pairs skipped, in [0, 1].
+        difference: to all other tokens, within a text and at the same place; above 0 where it is
+            skipped more.
+        p: of the permutation test, two-sided; None where all tokens are of the kind, or too few.
+        p_holm: corrected for the number of kinds.
+        by_layer: skip rate of each gated layer.
+    """
+
+    kind: str
+    tokens: int
+    skip_rate: float
+    difference: float | None
+    p: float | None
+    p_holm: float | None
+    by_layer: dict[int, float]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KindReport:
+    """Skips of some texts by kind of token.
+
+    Attributes:
+        explained: share of the variance of tokens' skip rates, within a text and at the same place,
+            that kinds explain, in [0, 1].
+    """
+
+    texts: int
+    tokens: int
+    skip_rate: float
+    explained: float
+    rows: tuple[KindRow, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return dataclasses.asdict(self)
+
+
+def token_kinds(
+    ids: Sequence[int], tokenizer: Any, words: Collection[str] = FUNCTION_WORDS
+) -> list[str]:
+    """The kind of every token of a text, of :data:`KINDS`.
+
+    Args:
+        words: lower-case function words; English ones by default.
+    """
+    special = set(tokenizer.all_special_ids)
+    pieces = [tokenizer.decode([int(token)]) for token in ids]
+    found: list[str] = []
+    for index, (token, piece) in enumerate(zip(ids, pieces, strict=True)):
+        begins = index == 0 or not piece[:1].isalnum() or not pieces[index - 1][-1:].isalnum()
+        after = pieces[index + 1] if index + 1 < len(pieces) else " "
+        ends = not after[:1].isalnum()
+        bare = piece.strip()
+        if index == 0:
+            kind = "beginning"
+        elif int(token) in special:
+            kind = "special"
+        elif not bare:
+            kind = "space"
+        elif not any(letter.isalnum() for letter in bare):
+            kind = "punctuation"
+        elif any(letter.isdigit() for letter in bare):
+            kind = "number"
+        elif not begins:
+            kind = "inside a word"
+        elif ends and bare.lower() in words:
+            kind = "function word"
+        else:
+            kind = "word"
+        found.append(kind)
+    return found
+
+
+def skips_by_kind(
+    model: nn.Module,
+    data: Any,
+    tokenizer: Any,
+    *,
+    max_tokens: int = 20_000,
+    max_length: int = 512,
+    words: Collection[str] = FUNCTION_WORDS,
+    draws: int = 2_000,
+    seed: int = 0,
+) -> KindReport:
+    """Skip rates by kind of token at the budget in force.
+
+    p is the share of draws (each text's kinds turned round by a random number of tokens) whose
+    difference is at least as far from 0, the one found counted among them, so never below
+    1 / (draws + 1). A text's first token, which is never skipped, is in no test.
+
+    Args:
+        data: texts, rows or id tensors (see ``gateskip.data``). draws: of the permutation test.
+
+    Raises:
+        ConfigError: no tokenizer. DataError: fewer than 1,000 tokens, or none of them skips.
+    """
+    if tokenizer is None:
+        raise ConfigError("tokenizer=None, but kinds of tokens are read from their text; give it.")
+    samples = take_tokens(encode(data, tokenizer, max_length), max_tokens)
+    samples = [sample for sample in samples if sample.ids.shape[0] > 2]
+    count = sum(sample.ids.shape[0] for sample in samples)
+    if count < LEAST_TOKENS:
+        raise DataError(f"data has {count} tokens; give at least {LEAST_TOKENS}.")
+    rates, layers, kinds, places = [], [], [], []
+    numbers: tuple[int, ...] = ()
+    for sample in samples:
+        usage = branch_usage(model, sample.ids[None])
+        numbers = usage.layers
+        skipped_TB = 1.0 - usage.kept_TN.double().numpy()
+        rates.append(skipped_TB.mean(1))
+        by_layer = [
+            skipped_TB[:, [i for i, (found, _) in enumerate(usage.branches) if found == layer]]
+            for layer in numbers
+        ]
+        layers.append(np.stack([part.mean(1) for part in by_layer], 1))
+        names = token_kinds(sample.ids.tolist(), tokenizer, words)
+        kinds.append(np.array([KINDS.index(name) for name in names]))
+        places.append(np.arange(len(names)))
+    rate_N, kind_N = np.concatenate(rates), np.concatenate(kinds)
+    layer_NL = np.concatenate(layers)
+    if not rate_N.any():
+        raise DataError("no token skips anything; choose a budget: gateskip.budget(model, keep=…).")
+    left = _at_the_same_place(rates, places)
+    tested = [found[1:] for found in kinds]
+    found_K, null_DK = _differences(left, tested, draws, seed)
+    p_K = [
+        None if np.isnan(value) else float((1 + (abs(null) >= abs(value)).sum()) / (1 + draws))
+        for value, null in zip(found_K, null_DK.T, strict=True)
+    ]
+    corrected = iter(holm([p for p in p_K if p is not None]))
+    rows = []
+    for index, name in enumerate(KINDS):
+        own_N = kind_N == index
+        p = p_K[index]
+        p_holm = None if p is None else next(corrected)
+        if own_N.any():
+            rows.append(
+                KindRow(
+                    name, int(own_N.sum()), float(rate_N[own_N].mean()),
+                    None if p is None else float(found_K[index]), p, p_holm,
+                    dict(zip(numbers, layer_NL[own_N].mean(0).tolist(), strict=True)),
+                )
+            )  # fmt: skip
+    return KindReport(
+        len(samples), int(rate_N.shape[0]), float(rate_N.mean()),
+        _explained(np.concatenate(left), np.concatenate(tested)), tuple(rows),
+    )  # fmt: skip
+
+
+def _at_the_same_place(rates: Sequence[Any], places: Sequence[Any]) -> list[Any]:
+    """Rates less the mean of their place and then of their text, of all tokens but the first:
+    places 1, 2 to 3, 4 to 7 and so on are one each."""
+    bins = [np.log2(np.maximum(found, 1)).astype(int) for found in places]
+    rate_N = np.concatenate([rate[1:] for rate in rates])
+    bin_N = np.concatenate([found[1:] for found in bins])
+    means = np.bincount(bin_N, rate_N) / np.maximum(np.bincount(bin_N), 1)
+    left = [rate[1:] - means[found[1:]] for rate, found in zip(rates, bins, strict=True)]
+    return [rate - rate.mean() for rate in left]
+
+
+def _differences(
+    left: Sequence[Any], kinds: Sequence[Any], draws: int, seed: int
+) -> tuple[Any, Any]:
+    """(mean of each kind less that of the rest ``[K]``, the same of draws ``[D, K]``); NaN where
+    one of the two has fewer than two tokens."""
+    random = np.random.default_rng(seed)
+    rate_N, size = np.concatenate(left), len(KINDS)
+    count_K = np.bincount(np.concatenate(kinds), minlength=size)
+    rest_K = len(rate_N) - count_K
+    usable_K = (count_K > 1) & (rest_K > 1)
+    total = rate_N.sum()
+
+    def of(kind_N: Any) -> Any:
+        sum_K = np.bincount(kind_N, rate_N, minlength=size)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            gap_K = sum_K / count_K - (total - sum_K) / rest_K
+        return np.where(usable_K, gap_K, np.nan)
+
+    null = [
+        of(np.concatenate([np.roll(found, random.integers(len(found))) for found in kinds]))
+        for _ in range(draws)
+    ]
+    return of(np.concatenate(kinds)), np.stack(null)
+
+
+def _explained(rate_N: Any, kind_N: Any) -> float:
+    """η²: the variance between kinds over the whole variance."""
+    count_K = np.maximum(np.bincount(kind_N, minlength=len(KINDS)), 1)
+    mean_K = np.bincount(kind_N, rate_N, minlength=len(KINDS)) / count_K
+    whole = float(((rate_N - rate_N.mean()) ** 2).sum())
+    between = float(((mean_K[kind_N] - rate_N.mean()) ** 2).sum())
+    return between / whole if whole else 0.0

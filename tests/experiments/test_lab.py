@@ -1,0 +1,105 @@
+"""The lab: its language, its dense model, and a run of it in small."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+sys.path[:0] = [str(EXPERIMENTS), str(EXPERIMENTS / "lab")]
+
+import language  # noqa: E402
+import model as lab_model  # noqa: E402
+
+import run as lab  # noqa: E402
+from gateskip.evaluation.results import read_runs  # noqa: E402
+
+SMALL = ("--steps", "4", "--batch-size", "4", "--problems", "8", "--seeds", "0")
+
+
+def worked(prompt: str, asked: str) -> list[int]:
+    """What the asked person has after each line, from the lines alone."""
+    total, found = 0, []
+    for line in prompt.split(" . ")[:-1]:
+        words = line[line.index("#") :].split()
+        _, who, what = words[:3]
+        if what == "doubles":
+            total *= 2 if who == asked else 1
+        elif what == "gives":
+            change = int(words[4])
+            total += change * ((words[3] == asked) - (who == asked))
+        elif who == asked:
+            total += {"has": 1, "finds": 1, "loses": -1}[what] * int(words[3])
+        found.append(total)
+    return found
+
+
+def test_answers_follow_from_the_problems() -> None:
+    kinds = set()
+    for row in language.problems(3, 300):
+        asked = re.search(r"does (\w+) have now", row["prompt"])
+        assert asked
+        expected = worked(row["prompt"], asked[1])
+        told = [int(n) for n in re.findall(rf", {asked[1]} (\d+)", row["completion"])]
+        assert told == expected
+        assert language.answer_of(row["completion"]) == str(expected[-1])
+        assert max(expected) <= language.LARGEST
+        kinds |= set(row["prompt"].split()) & {"finds", "loses", "gives", "doubles"}
+    assert kinds == {"finds", "loses", "gives", "doubles"}
+    words = language.tokenizer()
+    ids = words(row["prompt"] + row["completion"])["input_ids"]
+    assert words.unk_token_id not in ids
+    assert list(language.problems(3, 5)) == list(language.problems(3, 5))
+    assert language.answer_of("so nothing") is None
+
+
+@pytest.mark.skipif(not lab_model.DENSE.is_dir(), reason="the lab's dense model is not there")
+def test_the_dense_model_solves_them() -> None:
+    from transformers import LlamaForCausalLM
+
+    dense = LlamaForCausalLM.from_pretrained(lab_model.DENSE, dtype=torch.float32).eval()
+    rows = list(language.problems(lab_model.TEST_SEED + 1, 40))
+    assert lab_model.exact_match(dense, rows) >= 0.9
+    for layer in dense.model.layers[:4]:  # and not by chance
+        layer.mlp.down_proj.weight.data.zero_()
+    assert lab_model.exact_match(dense, rows) < 0.5
+
+
+@pytest.mark.skipif(not lab_model.DENSE.is_dir(), reason="the lab's dense model is not there")
+def test_runs_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab, "FIT_PROBLEMS", 12)
+    monkeypatch.setattr(lab, "LOSS_PROBLEMS", 10)
+    out = tmp_path / "results" / "lab"
+    names = ("gateskip", "control", "shortgpt", "mixture_of_depths", "skipgpt", "gate_norm")
+    given = [str(out), *SMALL, "--work", str(tmp_path / "work"), "--models", str(tmp_path / "m")]
+    lab.main([*given, "--methods", *names, "--saved", "0.5", "0.0"])
+    files = {path.name: json.loads(path.read_text()) for path in out.iterdir()}
+    assert set(files) == {
+        "gateskip_50_s0.json", "gateskip_0_s0.json", "control_0_s0.json", "shortgpt_50_s0.json",
+        "mixture_of_depths_50_s0.json", "skipgpt_50_s0.json", "gate_norm_50_s0.json",
+    }  # fmt: skip
+    gone = files.pop("gate_norm_50_s0.json")  # attentions are not half of the model
+    assert "floor" in gone["config"]["unreachable"]
+    assert gone["accuracy"] is None
+    for name, found in files.items():
+        assert found["bench"] == "lab"
+        assert 0.0 <= found["accuracy"] <= 1.0
+        assert found["loss"] > 0.0
+        if found["saved_macs"]:
+            assert found["realised_macs"] == pytest.approx(0.5, abs=0.06), name
+    # In both of its stages, and from the first routed layer on.
+    assert [stage["backbone"] for stage in files["skipgpt_50_s0.json"]["config"]["training"]] == [
+        "frozen", "full",
+    ]  # fmt: skip
+    assert files["mixture_of_depths_50_s0.json"]["config"]["method"]["every"] == 1
+    assert files["control_0_s0.json"]["config"]["training"][0]["arm"] == "control"
+    assert len(read_runs(tmp_path / "results")) >= 6
+    assert (tmp_path / "m" / "gateskip_50_s0" / "gateskip_config.json").is_file()
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    lab.main([*given, "--methods", *names, "--saved", "0.5", "0.0"])
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
