@@ -39,10 +39,19 @@ demo-output/gates:
 docs: setup
 	$(BIN)/python docs/build.py
 
+# `make evidence HOURS=2 DATA=folder` makes what is missing; DATA holds the public sets that
+# experiments/smollm2/texts.py names, and without it real text is left out.
 HOURS ?= 2
+DATA ?=
 evidence: setup
 	test -d experiments/lab/dense_1m_s0 || $(BIN)/python experiments/lab/model.py experiments/lab/dense_1m_s0
 	$(BIN)/python experiments/lab/run.py experiments/results/lab --budget-hours $(HOURS)
+ifneq ($(DATA),)
+	$(BIN)/python examples/demo/model.py
+	$(BIN)/python experiments/smollm2/texts.py $(DATA) build/smollm2/texts
+	$(BIN)/python experiments/smollm2/trained.py build/demo/SmolLM2-135M-Instruct \
+	  build/smollm2/texts $(DATA)/eval experiments/results/smollm2 --budget-hours $(HOURS)
+endif
 	$(BIN)/python experiments/evidence.py
 
 evidence-docs: setup

@@ -28,14 +28,17 @@ import gateskip
 from gateskip import methods
 from gateskip.data import encode
 from gateskip.errors import BudgetError, TrainingError
+from gateskip.evaluation.results import CONTROL, DENSE
 from gateskip.methods.static import Static
 from gateskip.skipping.state import state_of
 from gateskip.training import GateSkipTrainer
 from gateskip.training.dataset import make_dataset
 from gateskip.training.recalibration import recalibrate
 
-__all__ = ["Bench", "Job", "Stages", "add_options", "every_job", "make", "static"]
+__all__ = ["FULL", "Bench", "Job", "Stages", "add_options", "every_job", "make", "static"]
 
+#: What computes everything.
+FULL = (CONTROL, DENSE)
 Stages = tuple[tuple[float, gateskip.GateSkipTrainingConfig], ...]
 #: (options of the gates, options of the training).
 Variant = tuple[dict[str, Any], dict[str, Any]]
@@ -48,7 +51,7 @@ FURTHER: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Job:
-    """One run to make."""
+    """One run to make; ``dense`` is the model before training."""
 
     method: str
     variant: str
@@ -103,11 +106,13 @@ class Bench:
             BudgetError: the method cannot save so much.
         """
         compute, rows = 1.0 - job.saved, self.fit_rows
-        if job.method in ("gateskip", "control"):
+        if job.method in ("gateskip", *FULL):
             gate, training = self.variants[job.variant]
             gateskip.attach(model, gateskip.GateConfig(**(self.gates | gate), seed=job.seed))
             given: dict[str, Any] = {"backbone": self.backbone}
-            if job.method == "control":
+            if job.method == DENSE:
+                return (), {}
+            if job.method == CONTROL:
                 return ((1.0, gateskip.GateSkipTrainingConfig(**given, arm="control")),), {}
             gateskip.fit(model, rows, self.tokenizer)
             how = {"allocation": job.variant} if job.variant in ("uniform", "searched") else {}
@@ -128,7 +133,8 @@ class Bench:
             options |= FURTHER[job.method]
             methods.apply(job.method, model, rows, self.tokenizer, **options)
             found = wants(**options).stages(model, compute)
-        state_of(model).resolve(gateskip.Budget(compute=compute))
+        if found[0][1].thresholds == "calibrated":  # others find theirs while they train
+            state_of(model).resolve(gateskip.Budget(compute=compute))
         if job.method == "random":
             found = tuple((s, dataclasses.replace(c, **self.training)) for s, c in found)
         # One kind of backbone for all, but where a method's point is that it is frozen.
@@ -226,8 +232,10 @@ def every_job(options: argparse.Namespace) -> Iterator[Job]:
     """Runs in the order in which they tell most, all methods of a seed and saving together."""
     for seed, saved in itertools.product(options.seeds, options.saved):
         for name in options.methods:
-            if (name == "control") != (saved == 0.0) and name != "gateskip":
+            if (name in FULL) != (saved == 0.0) and name != "gateskip":
                 continue  # a control saves nothing, and at 0 every other method is one
+            if name == DENSE and seed != options.seeds[0]:
+                continue  # nothing is drawn
             for variant in options.variants if name == "gateskip" else ("",):
                 if not variant or saved:
                     yield Job(name, variant, saved, seed)

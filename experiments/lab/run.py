@@ -18,7 +18,7 @@ from model import DENSE, LONGEST, TEST_SEED, exact_match
 from transformers import LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from arms import Bench, Job, add_options, make
+from arms import FULL, Bench, Job, add_options, make
 
 import gateskip
 from gateskip.evaluation.quality import Evaluation
@@ -30,7 +30,7 @@ FIT_PROBLEMS, LOSS_PROBLEMS = 300, 300
 GRID = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.42, 0.35, 0.28, 0.2)
 SAVED = (0.25, 0.5, 0.15, 0.35, 0.0)
 GATES: dict[str, Any] = {"kind": "scalar", "compensation_rank": 8}
-TRAINING: dict[str, Any] = {"schedule": "linear", "budget_steps": 0.5}
+TRAINING: dict[str, Any] = {"schedule": "constant", "calibrate_every": 20}
 #: Variants of the gates: (options of the gates, options of the training).
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "": ({}, {}),
@@ -45,13 +45,13 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "itself": ({}, {"distill": 0.5, "teacher": "itself"}),
     "before": ({}, {"distill": 0.5}),
-    "calibrated_again": ({}, {"calibrate_every": 20}),
-    "early": ({}, {"budget_steps": 0.2}),
-    "constant": ({}, {"schedule": "constant"}),
+    "calibrated_once": ({}, {"calibrate_every": 0}),
+    "linear": ({}, {"schedule": "linear", "budget_steps": 0.5}),
     "uniform": ({}, {}),
     "searched": ({}, {}),
 }
 METHODS = (
+    "dense",
     "gateskip",
     "control",
     "random",
@@ -69,11 +69,11 @@ def bench(options: argparse.Namespace) -> Bench:
         """Accuracy, loss and what was saved, at the run's budget."""
         rows = list(problems(options.test_seed, options.problems))
         texts = list(problems(LOSS_SEED, LOSS_PROBLEMS))
-        control = job.method == "control"
-        arm = "control" if control else None
+        full = job.method in FULL
+        arm = "control" if full else None
         run = Evaluation(model, texts, tokenizer(), reference=dense, arm=arm)
         found: dict[str, Any] = {"questions": options.problems}
-        if control:
+        if full:
             with without_gates(model):
                 found["accuracy"] = exact_match(model, rows)
             return found | {"loss": run.control().loss, "realised_macs": 0.0}

@@ -39,6 +39,7 @@ FUNCTION_WORDS = frozenset(
     "all both either neither".split()
 )
 LEAST_TOKENS = 1_000
+LEAST_AT_A_PLACE = 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -196,9 +197,19 @@ def skips_by_kind(
 
 
 def _at_the_same_place(rates: Sequence[Any], places: Sequence[Any]) -> list[Any]:
-    """Rates less the mean of their place and then of their text, of all tokens but the first:
-    places 1, 2 to 3, 4 to 7 and so on are one each."""
-    bins = [np.log2(np.maximum(found, 1)).astype(int) for found in places]
+    """Rates less the mean of their place and then of their text, of all tokens but the first.
+
+    A place is one number of tokens as long as enough texts have it, else some neighbouring ones.
+    What stands at one place in every text (a chat template) has no other kind beside it there, and
+    so says nothing.
+    """
+    bin_P, bins_so_far, within = [], 0, 0
+    for count in np.bincount(np.concatenate(places)):
+        bin_P.append(bins_so_far)
+        within += count
+        if within >= LEAST_AT_A_PLACE:
+            bins_so_far, within = bins_so_far + 1, 0
+    bins = [np.array(bin_P)[found] for found in places]
     rate_N = np.concatenate([rate[1:] for rate in rates])
     bin_N = np.concatenate([found[1:] for found in bins])
     means = np.bincount(bin_N, rate_N) / np.maximum(np.bincount(bin_N), 1)
