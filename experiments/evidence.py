@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import evidence_figures
+import evidence_kinds
 import published
 from evidence_text import (
     NONE,
@@ -305,8 +306,8 @@ def section(bench: str, runs: Sequence[Run], found: Sequence[Summary]) -> list[s
     return lines + costs(main) + ablations(found)
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The whole page."""
+def page(runs: Sequence[Run], kinds: Sequence[str] = ()) -> str:
+    """The whole page; ``kinds`` is what ``evidence_kinds`` says."""
     found = summaries(runs)
     lines = [HEAD]
     benches = [name for name in TITLES if any(run.bench == name for run in runs)]
@@ -315,7 +316,7 @@ def page(runs: Sequence[Run]) -> str:
         lines += section(bench, own, [s for s in found if s.bench == bench])
     if not runs:
         lines += ["No results yet.", ""]
-    lines += published.section(found)
+    lines += [*kinds, *published.section(found)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -326,10 +327,10 @@ def figures(runs: Sequence[Run]) -> dict[str, Any]:
     return {evidence_figures.NAME.format(bench): data for bench, data in drawn.items() if data}
 
 
-def stale(runs: Sequence[Run], target: Path) -> list[str]:
+def stale(runs: Sequence[Run], target: Path, kinds: Sequence[str] = ()) -> list[str]:
     """Names of files that are not as the results would make them."""
     wrong = []
-    if not target.is_file() or target.read_text(encoding="utf-8") != page(runs):
+    if not target.is_file() or target.read_text(encoding="utf-8") != page(runs, kinds):
         wrong.append(target.name)
     folder, wanted = target.parent / "figures", figures(runs)
     for name, data in wanted.items():
@@ -344,7 +345,7 @@ def _unwanted(folder: Path, wanted: Mapping[str, Any]) -> list[Path]:
     return [path for path in ours if path.name not in wanted]
 
 
-def write(runs: Sequence[Run], target: Path) -> None:
+def write(runs: Sequence[Run], target: Path, kinds: Sequence[str] = ()) -> None:
     """The page and its figures; figures of results that are gone are removed."""
     folder, wanted = target.parent / "figures", figures(runs)
     for path in _unwanted(folder, wanted):
@@ -354,7 +355,7 @@ def write(runs: Sequence[Run], target: Path) -> None:
     for name, data in wanted.items():
         evidence_figures.drawn(data, folder / name)
     temporary = target.with_suffix(".tmp")
-    temporary.write_text(page(runs), encoding="utf-8")
+    temporary.write_text(page(runs, kinds), encoding="utf-8")
     os.replace(temporary, target)
 
 
@@ -367,11 +368,12 @@ def main() -> None:
     options = parser.parse_args()
     try:
         runs = read_runs(options.results)
+        kinds = evidence_kinds.section(options.results)
     except GateSkipError as error:
         sys.exit(f"error: {error}")
     if not options.check:
-        write(runs, options.page)
-    elif wrong := stale(runs, options.page):
+        write(runs, options.page, kinds)
+    elif wrong := stale(runs, options.page, kinds):
         sys.exit(f"error: {', '.join(wrong)} out of date; run `make evidence-docs`.")
 
 

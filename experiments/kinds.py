@@ -1,6 +1,6 @@
 """Which kinds of token skip: saved gates beside the null, with the permutation test.
 
-    python experiments/kinds.py benchmarks/results/kinds_smollm2_135m.json \\
+    python experiments/kinds.py experiments/results/kinds_smollm2_135m.json \\
         --gates pretrained/smollm2-135m-instruct --model build/demo/SmolLM2-135M-Instruct \\
         --fit examples/demo/data/fit.jsonl --data examples/demo/data/heldout.jsonl
 

@@ -121,6 +121,38 @@ def test_tables(results: Path) -> None:
     ]  # fmt: skip
 
 
+def test_kinds_of_tokens(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(method: str, compute: float, rate: float) -> dict[str, Any]:
+        layers = {"0": rate, "10": 1.0, "2": 0.0}
+        word = {
+            "kind": "word", "tokens": 9, "skip_rate": rate, "difference": 0.031, "p": 0.001,
+            "p_holm": 0.0004, "by_layer": layers,
+        }  # fmt: skip
+        first = word | {"kind": "beginning", "difference": None, "p": None, "p_holm": None}
+        return {
+            "method": method, "compute": compute, "tokens": 1234, "texts": 7, "skip_rate": rate,
+            "explained": 0.23, "rows": [first, word],
+        }  # fmt: skip
+
+    rows = [row("gateskip", 0.85, 0.2), row("gateskip", 0.75, 0.3), row("random", 0.75, 0.25)]
+    (results / "kinds_small.json").write_text(json.dumps({"header": {}, "rows": rows}))
+    page = tmp_path / "docs" / "evidence.md"
+    run(monkeypatch, results, page)
+    text = page.read_text()
+    assert "| word | 20.0 %, +3.1 (p < 0.001) | 30.0 %, +3.1 (p < 0.001) | 25.0 %," in text
+    assert "| beginning | 20.0 % | 30.0 % | 25.0 % |" in text
+    assert "1,234 tokens of 7 texts." in text
+    assert "gates at 25 % saved" in text
+    layers = text.split("### Skip rates by layer")[1].split("##")[0].splitlines()
+    assert [line for line in layers if line.startswith("| ")][1:] == [
+        "| 0 | 30 |", "| 2 | 0 |", "| 10 | 100 |"
+    ]  # fmt: skip
+    run(monkeypatch, results, page, "--check")
+    (results / "kinds_small.json").unlink()
+    with pytest.raises(SystemExit, match="out of date"):
+        run(monkeypatch, results, page, "--check")
+
+
 def test_what_all_runs_have_in_common(tmp_path: Path) -> None:
     for seed in (0, 1):
         config = {"steps": 300, "rate": seed, "variant": "", "list": [1]}
