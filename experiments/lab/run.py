@@ -31,24 +31,41 @@ GRID = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.42, 0.35, 0.28, 0.2)
 SAVED = (0.25, 0.5, 0.15, 0.35, 0.0)
 GATES: dict[str, Any] = {"kind": "scalar", "compensation_rank": 8}
 TRAINING: dict[str, Any] = {"schedule": "constant", "calibrate_every": 20}
+HEAD: dict[str, Any] = {"importance": "head", "kind": "low_rank", "rank": 4}
 #: Variants of the gates: (options of the gates, options of the training).
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "": ({}, {}),
+    # What a skipped branch leaves.
     "compensation_none": ({"compensation": "none"}, {}),
     "compensation_mean": ({"compensation": "mean"}, {}),
     "compensation_16": ({"compensation_rank": 16}, {}),
     "compensation_fast": ({}, {"compensation_learning_rate": 3e-3}),
     "previous": ({"kv_source": "previous"}, {}),
-    "trained_gates": (
-        {"importance": "head", "kind": "low_rank", "rank": 4},
-        {"train_gates": True, "decision_gradient": 0.5, "cost_weight": 0.1},
-    ),
-    "itself": ({}, {"distill": 0.5, "teacher": "itself"}),
-    "before": ({}, {"distill": 0.5}),
-    "calibrated_once": ({}, {"calibrate_every": 0}),
-    "linear": ({}, {"schedule": "linear", "budget_steps": 0.5}),
+    "hidden": ({"kv_source": "none"}, {}),
+    # How budgets are split.
     "uniform": ({}, {}),
     "searched": ({}, {}),
+    "layers": ({"decision": "layer"}, {}),
+    # The paper's ablations; a gate that is trained has a head for its decisions.
+    "vector": ({"kind": "vector"}, {}),
+    "shared": ({"kind": "shared"}, {}),
+    "mlp": ({"kind": "mlp", "rank": 16}, {}),
+    "before": ({"placement": "before"}, {}),
+    "frozen": ({}, {"backbone": "frozen", "compensation_learning_rate": 3e-3}),
+    "attention_only": ({"branches": ("attention",)}, {}),
+    "mlp_only": ({"branches": ("mlp",)}, {}),
+    # What trains gates and decisions.
+    "trained_gates": (HEAD, {"train_gates": True, "gate_learning_rate": 1e-3}),
+    "penalty_0.01": (HEAD, {"train_gates": True, "penalty": 0.01}),
+    "penalty_0.1": (HEAD, {"train_gates": True, "penalty": 0.1}),
+    "penalty_1": (HEAD, {"train_gates": True, "penalty": 1.0}),
+    "decisions": (HEAD, {"train_gates": True, "decision_gradient": 0.5, "cost_weight": 0.1}),
+    # The rest of the training.
+    "distill_itself": ({}, {"distill": 0.5, "teacher": "itself"}),
+    "distill_before": ({}, {"distill": 0.5}),
+    "calibrated_once": ({}, {"calibrate_every": 0}),
+    "linear": ({}, {"schedule": "linear", "budget_steps": 0.5}),
+    "sampled": ({}, {"schedule": "sampled"}),
 }
 METHODS = (
     "dense",
