@@ -32,8 +32,10 @@ def percent(value: float) -> str:
 
 
 def shown(metric: str, value: float, sign: str = "") -> str:
-    """Accuracies in percent, losses in nats."""
-    return f"{100 * value:{sign}.1f}" if metric == "accuracy" else f"{value:{sign}.3f}"
+    """Accuracies in percent, losses in nats; small ones with more digits."""
+    if metric == "accuracy":
+        return f"{100 * value:{sign}.1f}"
+    return f"{value:{sign}.3f}" if abs(value) >= 0.1 else f"{value:{sign}.5f}"
 
 
 def interval_text(metric: str, interval: Interval | None, sign: str = "") -> str:
