@@ -60,7 +60,7 @@ EAGER_ONLY = ("gemma2", "gpt_oss")  # soft caps and sinks
 def needed_by(kind: str) -> dict[str, Any]:
     """What the config of a gate kind has to say beside it."""
     whole = {"placement": "layer", "decision": "layer", "compensation": "none"}
-    return whole if kind == "router" else {}
+    return whole if kind in ("router", "bottleneck") else {}
 
 
 def tiny(family: str = "llama", attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:

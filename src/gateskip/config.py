@@ -21,6 +21,8 @@ BRANCH_KINDS: Final = ("attention", "mlp")
 ALLOCATIONS: Final = ("global", "uniform", "searched")
 KV_SOURCES: Final = ("project", "previous", "none")
 GATE_INPUTS: Final = ("normalised", "raw")
+#: Gates that weigh a whole layer.
+ROUTERS: Final = ("router", "bottleneck")
 PLACEMENTS: Final = ("after", "before", "layer")
 DECISIONS: Final = ("branch", "layer")
 IMPORTANCES: Final = ("mean_logit", "mean_gate", "head", "random", "rule")
@@ -48,7 +50,7 @@ class GateConfig:
     Attributes:
         kind: gate kind, a name in the gate registry (``"low_rank"``, ``"vector"``, ``"scalar"``,
             ``"grouped"``, ``"mlp"``, ``"shared"``; ``"unit"`` is no gate, ``"router"`` that of
-            Mixture-of-Depths).
+            Mixture-of-Depths, ``"bottleneck"`` that of FlexiDepth).
         rank: inner width of ``low_rank`` and ``mlp`` gates.
         groups: values of a ``grouped`` gate; None takes as many as the model has attention heads.
         branches: which branch kinds get gates.
@@ -58,7 +60,8 @@ class GateConfig:
         detach_input: whether the gate's input takes no gradient.
         placement: where the gate acts: ``"after"`` the branch, on what it adds to the residual, or
             ``"before"`` it, on its normalised input; ``"layer"``: a layer's attention gate acts on
-            all that the layer adds, and its MLP has none (with ``decision="layer"``).
+            all that the layer adds, and its MLP has none (with ``decision="layer"``); what stands
+            in for a layer that is skipped is weighed by 1 − g.
         decision: ``"branch"``: every branch decides for itself; ``"layer"``: a layer's MLP is
             skipped by the tokens that skip its attention.
         protected_first: so many tokens at the beginning of each sequence are never skipped.
@@ -123,14 +126,18 @@ class GateConfig:
                 f"decision='layer' decides MLPs by their attention; branches={self.branches!r} "
                 "must be both."
             )
-        whole = (self.placement, self.decision, self.compensation) == ("layer", "layer", "none")
-        if (self.kind == "router" or self.placement == "layer") and not (
-            whole and self.kind == "router"
-        ):
+        whole = (self.placement, self.decision) == ("layer", "layer")
+        router = self.kind in ROUTERS
+        if (router or self.placement == "layer") and not (whole and router):
             raise ConfigError(
                 f"kind={self.kind!r}, placement={self.placement!r}: a router weighs whole layers, "
-                "and nothing else does; set kind='router', placement='layer', decision='layer' "
-                "and compensation='none'."
+                f"and nothing else does; set kind= to one of {', '.join(map(repr, ROUTERS))}, "
+                "placement='layer' and decision='layer'."
+            )
+        if self.kind == "router" and self.compensation != "none":
+            raise ConfigError(
+                f"compensation={self.compensation!r}: who skips a layer with kind='router' stays "
+                "as it is; set compensation='none'."
             )
         if not (math.isfinite(self.init_std) and self.init_std >= 0):
             raise ConfigError(f"init_std={self.init_std!r} must be a finite number of at least 0.")

@@ -140,6 +140,7 @@ def gate_macs(kind: str, hidden: int, rank: int, groups: int = 1) -> int:
         "scalar": hidden,
         "unit": 0,
         "router": hidden,
+        "bottleneck": (hidden + 1) * max(rank, 2),
     }
     if kind not in by_kind:
         raise ConfigError(f"kind={kind!r}: no cost is known for this gate kind.")
@@ -148,8 +149,8 @@ def gate_macs(kind: str, hidden: int, rank: int, groups: int = 1) -> int:
 
 def gate_parameters(kind: str, hidden: int, rank: int, groups: int = 1) -> int:
     """Parameters of one gate, bias included."""
-    biases = {"scalar": 1, "grouped": groups, "unit": 0, "router": 1}.get(kind, hidden)
-    return gate_macs(kind, hidden, rank, groups) + biases
+    biases = {"scalar": 1, "grouped": groups, "unit": 0, "router": 1, "bottleneck": 1}
+    return gate_macs(kind, hidden, rank, groups) + biases.get(kind, hidden)
 
 
 def compensation_macs(kind: str, hidden: int, rank: int) -> int:
@@ -179,6 +180,8 @@ def branch_cost(
     decision = asked if gated else 0
     if kind == "mlp" and config.importance == "mean_logit":
         decision = gate // 2 + max(config.rank, 2) if gated else 0
+    if kind == "bottleneck" and config.importance == "mean_logit":
+        decision = gate
     if config.decision == "layer" and not attention:
         decision = 0
     comp = compensation_macs(config.compensation, shape.hidden, config.compensation_rank)

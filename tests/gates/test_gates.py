@@ -17,7 +17,7 @@ from gateskip.skipping.score import Norm, branch_score, single_score
 from models import needed_by
 
 HIDDEN = 48
-KINDS = [kind for kind in GATES.names() if kind not in ("unit", "router")]
+KINDS = [kind for kind in GATES.names() if kind not in ("unit", "router", "bottleneck")]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_linear_kind = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mlp"])
 
@@ -68,6 +68,19 @@ def test_the_router_is_one_at_first_or_the_papers() -> None:
         assert half(u.bfloat16()).dtype == half.weight.dtype == torch.float32
     with pytest.raises(ConfigError, match="learned, not fitted"):
         gate.set_direction(torch.ones(HIDDEN), 0.0)
+
+
+def test_a_bottleneck_is_one_value_that_bends() -> None:
+    gate, (a, b) = built("bottleneck"), torch.randn(2, 5, HIDDEN)
+    assert gate(a).shape == (5, 1)
+    assert [tuple(p.shape) for p in gate.parameters()] == [(4, HIDDEN), (1, 4), (1,)]
+    middle = gate.logits((a + b) / 2)
+    assert not torch.allclose(middle, (gate.logits(a) + gate.logits(b)) / 2, atol=1e-3)
+    torch.testing.assert_close(gate.score(a), (gate.logits(a)[..., 0] - 0.4) / 1.7)
+    config = GateConfig(kind="bottleneck", **needed_by("bottleneck"))
+    fresh = GATES.get("bottleneck").build(config, HIDDEN, torch.Generator().manual_seed(0))
+    assert abs(float(fresh(a).detach().mean()) - 0.9933) < 2e-3
+    assert float(fresh(a).detach().std()) > 1e-6
 
 
 @every_kind

@@ -512,7 +512,7 @@ def test_routers_cannot_save_more_than_their_layers() -> None:
         applied("mixture_of_depths", form="retrofti")
     with pytest.raises(ConfigError, match="placement='layer'"):
         gateskip.GateConfig(kind="router")
-    with pytest.raises(ConfigError, match="kind='router'"):
+    with pytest.raises(ConfigError, match="'router', 'bottleneck'"):
         gateskip.GateConfig(kind="scalar", placement="layer", decision="layer", compensation="none")
     with pytest.raises(ConfigError, match="kind='router' has nothing to fit"):
         gateskip.fit(applied("mixture_of_depths"), list(random_ids(20, 64)))
@@ -661,6 +661,47 @@ def test_routers_come_down_to_their_target(name: str, tmp_path: Path) -> None:
     assert all("score_" in key for key in changed)  # the model is frozen
     with pytest.raises(BudgetError, match="below what routers"):
         methods.METHODS.get(name)().training(applied(name), 0.05)
+
+
+@torch.no_grad()
+def test_flexidepth_skips_into_an_adapter() -> None:
+    model, ids = applied("flexidepth"), random_ids(2, 16)
+    layer = layers_of(model, state_of(model).family)[1]
+    layer.self_attn.skip_gate.bias.fill_(-0.7)  # G is about a third, and differs by token
+    layer.self_attn.skip_gate.up.mul_(30.0)
+    with (
+        override(state_of(model), thresholds=dict.fromkeys(state_of(model).branches, -0.7)),
+        gateskip.trace(model) as trace,
+    ):
+        hidden = model(ids, output_hidden_states=True).hidden_states
+    kept = trace.keep[1, "attention"][0]
+    assert torch.equal(kept, trace.keep[1, "mlp"][0])
+    assert 0 < int((~kept).sum()) < kept.numel() - 2
+    h = hidden[1]
+    u = layer.input_layernorm(h)
+    g = layer.self_attn.skip_gate(u)
+    assert float(g.std()) > 0.01
+    inner = h + compensation_of(layer.self_attn)(u)
+    out = inner + compensation_of(layer.mlp)(layer.post_attention_layernorm(inner))
+    expected = h + (1 - g) * (out - h)
+    torch.testing.assert_close(hidden[2][~kept], expected[~kept], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(hidden[2][kept], expected[kept], atol=1e-2)
+
+
+def test_flexidepth_draws_routers_down(tmp_path: Path) -> None:
+    model = applied("flexidepth")
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    options = methods.METHODS.get("flexidepth")(penalty=5.0).training(model, 0.75)
+    found, logged = trained(model, options, tmp_path, steps=40, rate=5e-2)
+    rates = [log["skip_rate"] for log in logged if "skip_rate" in log]
+    assert rates[0] == 0.0
+    assert rates[-1] > 0.2
+    changed = {k for k, p in found.named_parameters() if not torch.equal(p, before[k])}
+    assert any("skip_gate" in key for key in changed)
+    assert any("skip_compensation" in key for key in changed)
+    assert all("skip_" in key for key in changed)  # the model is frozen
+    with pytest.raises(ConfigError, match="kind='bottleneck' has nothing to fit"):
+        gateskip.fit(found, list(random_ids(20, 64)))
 
 
 def test_skipgpt_adapts_the_model_afterwards() -> None:

@@ -92,13 +92,17 @@ def _layer(
 
 
 def _weighed(attention: Branch, mlp: Branch, h: Tensor, inputs: AttentionInputs) -> Tensor:
-    """h + r · (layer(h) − h) (arXiv 2404.02258, eq. 1); who skips the layer stays as it is."""
+    """h + r · (layer(h) − h) (arXiv 2404.02258, eq. 1); who skips the layer stays as it is, or gets
+    1 − r of what stands in for it (arXiv 2503.23798, section 3)."""
     out = _branches(attention, mlp, h, inputs)
     observer = attention.call.observer
     if observer is not None and observer.ungated:
         return out
     assert attention.gate is not None
     r = gate_value(attention.gate, attention.read(h))
+    keep_BT = attention.call.keep.get(attention.key)
+    if keep_BT is not None and attention.compensation is not None:
+        r = torch.where(keep_BT[..., None], r, 1.0 - r)
     # In this order skipped tokens (out = h) and r = 1 lose nothing to rounding.
     return (out.float() + (r - 1.0) * (out.float() - h.float())).to(h.dtype)
 

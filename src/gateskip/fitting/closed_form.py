@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gateskip.config import BranchKey, GateConfig
+from gateskip.config import ROUTERS, BranchKey, GateConfig
 from gateskip.data import Batch, count_tokens, encode, take_tokens, to_batches
 from gateskip.errors import ConfigError, DataError
 from gateskip.fitting.closed_loop import Allocation, closed_loop, keep_all, measure
@@ -81,7 +81,7 @@ def fit(
         DataError: fewer than 1,000 tokens.
     """
     state = state_of(model)
-    if state.config.kind in ("unit", "router"):
+    if state.config.kind in ("unit", *ROUTERS):
         raise ConfigError(
             f"kind={state.config.kind!r} has nothing to fit; attach with another kind of gate."
         )

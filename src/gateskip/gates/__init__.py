@@ -10,6 +10,7 @@ __all__ = ["GATES", "Gate", "no_autocast", "version"]
 
 GATES: Registry[type[Gate]] = Registry("gate kind", "gateskip.gates")
 _BUILT_IN = {
+    "bottleneck": "BottleneckGate",
     "grouped": "GroupedGate",
     "low_rank": "LowRankGate",
     "mlp": "MlpGate",

@@ -20,6 +20,7 @@ _BUILT_IN = {
     "calm": "calm:Calm",
     "every_second": "static:EverySecond",
     "fixed_layers": "fixed_layers:FixedLayers",
+    "flexidepth": "flexidepth:FlexiDepth",
     "free": "free:Free",
     "gate_norm": "gate_norm:GateNorm",
     "gate_norm_linear": "linear:GateNormLinear",

@@ -61,7 +61,8 @@ class GateSkipTrainingConfig:
             ``"sequence"``: the highest of every sequence (Mixture-of-Depths), not causal;
             ``"running"``: an average of each branch's quantiles over steps; ``"learned"``: a
             parameter of each branch, from the calibrated one on; ``"zero"``: a token is kept where
-            its score is at least 0 (σ(score) ≥ ½), and the cost says how many are. The paper's,
+            its score is at least 0 (σ(score) ≥ ½), and the cost, or the gates' penalty, says how
+            many are. The paper's,
             the sequence's and the running ones count ``keep``, every branch alike.
         auxiliary: weight of the loss that teaches scores above 0 to be the ones that
             ``thresholds="sequence"`` keeps (arXiv 2404.02258, section 3.5).
@@ -216,7 +217,8 @@ class GateSkipTrainingConfig:
                 f"threshold_momentum={self.threshold_momentum!r} must be a number in [0, 1)."
             )
         moved = self.thresholds in ("learned", "zero")
-        if moved and not (self.decision_gradient and self.cost_weight):
+        falls = self.thresholds == "zero" and self.penalty  # gates themselves come down
+        if moved and not falls and not (self.decision_gradient and self.cost_weight):
             raise ConfigError(
                 f"thresholds={self.thresholds!r} needs decision_gradient= and cost_weight=, which "
                 "move what is kept."
