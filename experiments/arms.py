@@ -37,6 +37,8 @@ from gateskip.training.recalibration import recalibrate
 
 __all__ = ["FULL", "Bench", "Job", "Stages", "add_options", "every_job", "make", "static"]
 
+#: Nulls that rank by what gates know.
+OF_GATES = ("position", "token_identity")
 #: What computes everything.
 FULL = (CONTROL, DENSE)
 Stages = tuple[tuple[float, gateskip.GateSkipTrainingConfig], ...]
@@ -120,6 +122,9 @@ class Bench:
             given |= {"budget_end": compute} | self.training | training
             return ((1.0, gateskip.GateSkipTrainingConfig(**given)),), {}
         wants = methods.METHODS.get(job.method)
+        if job.method in OF_GATES:
+            gateskip.attach(model, gateskip.GateConfig(**self.gates, seed=job.seed))
+            gateskip.fit(model, rows, self.tokenizer)
         known = {field.name for field in dataclasses.fields(wants)}
         drawn: dict[str, Any] = {"seed": job.seed, "compute": compute}
         options = {name: value for name, value in drawn.items() if name in known}
@@ -135,7 +140,7 @@ class Bench:
             found = wants(**options).stages(model, compute)
         if found[0][1].thresholds == "calibrated":  # others find theirs while they train
             state_of(model).resolve(gateskip.Budget(compute=compute))
-        if job.method == "random":
+        if job.method in ("random", *OF_GATES):  # as gates train
             found = tuple((s, dataclasses.replace(c, **self.training)) for s, c in found)
         # One kind of backbone for all, but where a method's point is that it is frozen.
         changed: dict[str, Any] = {"backbone": self.backbone}
@@ -151,21 +156,27 @@ class Bench:
         batch = options.batch_size
         rows = self.train_rows(job.seed, options.steps * batch)
         begun, curve = 0, []
-        for share, config in stages:
-            steps = round(share * options.steps)
+        for number, (share, config) in enumerate(stages, 1):
+            steps = round(share * options.steps) if number < len(stages) else options.steps - begun
             part = rows[begun * batch : (begun + steps) * batch]
             model, found = self._stage(job, model, config, part, steps, options)
             curve += [(begun + step, loss) for step, loss in found]
             begun += steps
         return model, curve
 
+    def rate(self, config: gateskip.GateSkipTrainingConfig, options: argparse.Namespace) -> float:
+        """The learning rate of a stage."""
+        routers = config.backbone == "frozen" and config.train_gates
+        found: float = self.router_rate if routers else options.learning_rate
+        return found
+
     def _stage(
         self, job: Job, model: Any, config: Any, rows: Any, steps: int, options: argparse.Namespace
     ) -> tuple[Any, list[tuple[int, float]]]:
-        rate = self.router_rate if config.backbone == "frozen" else options.learning_rate
         given: dict[str, Any] = {
             "output_dir": str(options.work / job.name), "max_steps": steps,
-            "per_device_train_batch_size": options.batch_size, "learning_rate": rate,
+            "per_device_train_batch_size": options.batch_size,
+            "learning_rate": self.rate(config, options),
             "lr_scheduler_type": "cosine", "warmup_steps": steps // 20, "logging_steps": 10,
             "save_strategy": "no", "seed": job.seed, "report_to": [], "disable_tqdm": True,
         }  # fmt: skip
@@ -206,7 +217,10 @@ class Bench:
             warnings.simplefilter("ignore")
             try:
                 stages, result["config"]["method"] = self.prepared(job, model)
-                result["config"]["training"] = [config.to_json() for _, config in stages]
+                result["config"]["training"] = [
+                    config.to_json() | {"learning_rate": self.rate(config, options), "share": share}
+                    for share, config in stages
+                ]
                 model, result["curve"] = self.trained(job, model, stages, options)
                 result["seconds"] = round(time.time() - begun, 1)
                 if options.models is not None:
@@ -218,9 +232,9 @@ class Bench:
             except TrainingError as error:  # a loss that is not a number
                 result["config"]["failed"] = str(error)
                 return result | {"collapsed": True, "seconds": round(time.time() - begun, 1)}
+        wild = [k for k, v in result.items() if isinstance(v, float) and not math.isfinite(v)]
         low = result["accuracy"] is not None and result["accuracy"] < self.collapsed
-        result["collapsed"] = low or not math.isfinite(result["loss"])
-        return result
+        return result | dict.fromkeys(wild) | {"collapsed": low or bool(wild)}
 
 
 def static(name: str) -> bool:
@@ -268,7 +282,7 @@ def make(bench: Bench, options: argparse.Namespace) -> None:
             return
         result = bench.run(job, options)
         part = target.with_suffix(f".tmp{os.getpid()}")
-        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(part, target)
         shown = {k: result.get(k) for k in ("accuracy", "loss", "realised_macs", "seconds")}
         print(job.name, json.dumps(shown), f"{time.time() - begun:.0f} s", flush=True)

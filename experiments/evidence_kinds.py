@@ -13,10 +13,10 @@ __all__ = ["section"]
 INTRODUCTION = (
     "Skip rates of token×branch pairs by kind of token, and beside them how far the kind is from "
     "all other tokens of its text at the same place, in points, with the p-value of a permutation "
-    "test (each text's kinds turned round by a random number of tokens; Holm's correction over "
-    "kinds). `random` skips as much at the same budgets and knows nothing of tokens: what is found "
-    "for it is chance. What stands at one place in every text, such as a chat template, has "
-    "nothing beside it there and so says nothing."
+    "test (texts of one length change their kinds, place by place; Holm's correction over kinds). "
+    "In the last column tokens have the kinds of another text: what is found there is chance. What "
+    "stands at one place in every text, such as a chat template, has nothing beside it there and "
+    "so says nothing."
 )
 
 
@@ -26,10 +26,12 @@ def section(results: Path) -> list[str]:
     for path in sorted(results.glob("kinds_*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         rows = found["rows"]
-        lines += ["## Which tokens skip", "", INTRODUCTION, "", *_told(rows)]
+        header = found["header"]
+        lines += [f"## Which tokens skip: {header['gates']}, {header['data']}", "", INTRODUCTION]
+        lines += ["", *_told(rows)]
         by = {(row["method"], row["compute"]): row for row in rows}
         kinds = list(dict.fromkeys(one["kind"] for row in rows for one in row["rows"]))
-        names = [f"`{m}` at {100 * (1 - c):.0f} % saved" for m, c in by]
+        names = [f"{m}, {100 * (1 - c):.0f} % saved" for m, c in by]
         table = [[kind, *(_cell(row, kind) for row in by.values())] for kind in kinds]
         lines += markdown(["kind", *names], table)
         lines += _by_layer(rows, kinds)
@@ -38,7 +40,7 @@ def section(results: Path) -> list[str]:
 
 def _told(rows: list[dict[str, Any]]) -> list[str]:
     shares = ", ".join(
-        f"{100 * row['explained']:.0f} % (`{row['method']}` at {100 * (1 - row['compute']):.0f} %)"
+        f"{100 * row['explained']:.0f} % ({row['method']}, {100 * (1 - row['compute']):.0f} %)"
         for row in rows
     )
     first = rows[0]

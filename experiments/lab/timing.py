@@ -64,7 +64,7 @@ def measured(folder: Path, compute: float, options: argparse.Namespace) -> dict[
     return found
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """All arms that have a model and no time yet."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path)
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for target in sorted(options.results.glob("*.json")):
         result = json.loads(target.read_text(encoding="utf-8"))
         folder, saved = options.models / target.stem, result["saved_macs"]

@@ -121,6 +121,16 @@ def test_tables(results: Path) -> None:
     ]  # fmt: skip
 
 
+def test_the_dense_model_is_the_same_for_all_seeds(results: Path) -> None:
+    write(results, "dense", method="dense", saved_macs=0.0, seed=7, accuracy=0.99, loss=0.01)
+    text = evidence.page(read_runs(results))
+    line = next(line for line in text.splitlines() if line.startswith("| 15 % | `dense` |"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[-1] == "apart, gates worse"
+    assert "(3)" in cells[4]
+    assert "`dense` 99.0 – (1): **gates lose**" in text
+
+
 def test_kinds_of_tokens(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def row(method: str, compute: float, rate: float) -> dict[str, Any]:
         layers = {"0": rate, "10": 1.0, "2": 0.0}
@@ -134,8 +144,14 @@ def test_kinds_of_tokens(results: Path, tmp_path: Path, monkeypatch: pytest.Monk
             "explained": 0.23, "rows": [first, word],
         }  # fmt: skip
 
-    rows = [row("gateskip", 0.85, 0.2), row("gateskip", 0.75, 0.3), row("random", 0.75, 0.25)]
-    (results / "kinds_small.json").write_text(json.dumps({"header": {}, "rows": rows}))
+    rows = [
+        row("gateskip", 0.85, 0.2),
+        row("gateskip", 0.75, 0.3),
+        row("of another text", 0.75, 0.25),
+    ]
+    (results / "kinds_small.json").write_text(
+        json.dumps({"header": {"gates": "g", "data": "d"}, "rows": rows})
+    )
     page = tmp_path / "docs" / "evidence.md"
     run(monkeypatch, results, page)
     text = page.read_text()

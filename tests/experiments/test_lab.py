@@ -15,6 +15,7 @@ sys.path[:0] = [str(EXPERIMENTS), str(EXPERIMENTS / "lab")]
 
 import language  # noqa: E402
 import model as lab_model  # noqa: E402
+import timing  # noqa: E402
 
 import run as lab  # noqa: E402
 from gateskip.evaluation.results import read_runs  # noqa: E402
@@ -70,6 +71,36 @@ def test_the_dense_model_solves_them() -> None:
     assert lab_model.exact_match(dense, rows) < 0.5
 
 
+def test_stages_take_all_steps_and_wild_figures_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import argparse
+
+    from arms import Bench, Job, make
+
+    seen: list[tuple[int, int]] = []
+    made = lab.bench(argparse.Namespace(dense=str(lab_model.DENSE), test_seed=1, problems=1))
+    monkeypatch.setattr(
+        Bench, "_stage",
+        lambda self, job, model, config, rows, steps, options: (
+            (seen.append((len(rows), steps)), model)[1], [],
+        ),
+    )  # fmt: skip
+    options = argparse.Namespace(steps=5, batch_size=2)
+    made.trained(Job("skipgpt", "", 0.25, 0), None, ((0.5, None), (0.5, None)), options)  # type: ignore[arg-type]
+    assert seen == [(4, 2), (6, 3)]
+    monkeypatch.setattr(
+        Bench, "run", lambda self, job, options: {"accuracy": None, "loss": float("nan")}
+    )
+    given = argparse.Namespace(
+        threads=None, out=tmp_path, shard=(0, 1), seeds=[0], saved=[0.5], methods=["random"],
+        variants=[""], budget_hours=1.0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="JSON compliant"):
+        make(made, given)
+    assert not list(tmp_path.glob("*.json"))
+
+
 @pytest.mark.skipif(not lab_model.DENSE.is_dir(), reason="the lab's dense model is not there")
 def test_runs_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lab, "FIT_PROBLEMS", 12)
@@ -100,6 +131,16 @@ def test_runs_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert files["control_0_s0.json"]["config"]["training"][0]["arm"] == "control"
     assert len(read_runs(tmp_path / "results")) >= 6
     assert (tmp_path / "m" / "gateskip_50_s0" / "gateskip_config.json").is_file()
+    # And what was kept is timed.
+    monkeypatch.setattr(timing, "NEW", 3)
+    monkeypatch.setattr(timing, "WINDOWS", 1)
+    timing.main([str(out), str(tmp_path / "m"), "--batch", "2", "--repeats", "1"])
+    for name in ("gateskip_50_s0", "shortgpt_50_s0"):
+        found = json.loads((out / f"{name}.json").read_text())
+        assert found["prefill_speedup"] > 0.0
+        assert found["decode_speedup"] > 0.0
+        assert found["timing"]["prefill_macs_saved"] == pytest.approx(0.5, abs=0.2)
+    assert "timing" not in json.loads((out / "control_0_s0.json").read_text())
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     lab.main([*given, "--methods", *names, "--saved", "0.5", "0.0"])
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before

@@ -26,16 +26,24 @@ class Words:
     all_special_ids = (0,)
 
     def decode(self, ids: list[int]) -> str:
-        return PIECES[ids[0]] if ids[0] < len(PIECES) else f" w{'abc'[ids[0] % 3]}"
+        return "".join(PIECES[i] if i < len(PIECES) else f" w{'abc'[i % 3]}" for i in ids)
+
+
+class Stripping(Words):
+    """Drops the space that its text begins with, as SentencePiece's decoders do."""
+
+    def decode(self, ids: list[int]) -> str:
+        return super().decode(ids).removeprefix(" ")
 
 
 def test_kinds_of_tokens() -> None:
     # "the cats running 42, 7. \n the" and a special token, after the beginning
     ids = [1, 4, 5, 6, 7, 9, 8, 10, 11, 2, 0, 12]
-    assert token_kinds(ids, Words()) == [
-        "beginning", "word", "word", "inside a word", "number", "punctuation", "number",
-        "punctuation", "space", "function word", "special", "space",
-    ]  # fmt: skip
+    for tokenizer in (Words(), Stripping()):
+        assert token_kinds(ids, tokenizer) == [
+            "beginning", "word", "word", "inside a word", "number", "punctuation", "number",
+            "punctuation", "space", "function word", "special", "space",
+        ]  # fmt: skip
     assert token_kinds([1, 4], Words(), words=("cats",)) == ["beginning", "function word"]
 
 
@@ -114,22 +122,44 @@ def test_a_template_says_nothing() -> None:
     assert rows["punctuation"].p > 0.01
 
 
-def test_p_values_of_chance_are_uniform() -> None:
+@pytest.mark.parametrize("case", ["runs", "template", "spread", "lengths"])
+def test_p_values_of_chance_are_uniform(case: str) -> None:
     """Decisions that come in runs, and kinds that do, without anything to do with each other."""
-    random, p_values = np.random.default_rng(0), []
     from gateskip.explain.kinds import _at_the_same_place, _differences
+
+    random, p_values = np.random.default_rng(0), []
 
     def turned(values: Any) -> Any:
         return np.roll(np.repeat(values, 4), random.integers(48))
 
     for trial in range(100):
-        runs = [turned(random.random(12)) + random.random() for _ in range(20)]
-        kinds = [turned(random.integers(3, 5, 12)) for _ in range(20)]
-        left = _at_the_same_place(runs, [np.zeros(48, dtype=int) for _ in runs])
+        rates = [turned(random.random(12)) + random.random() for _ in range(30)]
+        kinds = [turned(random.integers(3, 5, 12)) for _ in range(30)]
+        if case == "template":  # 36 of 48 tokens, decided alike in all texts
+            rates = [np.concatenate([rates[0][:36], rate[36:]]) for rate in rates]
+            kinds = [np.concatenate([kinds[0][:36], kind[36:]]) for kind in kinds]
+        if case == "spread":  # the last places differ twenty times as much
+            rates = [rate * np.where(np.arange(48) < 36, 0.05, 1.0) for rate in rates]
+        if case == "lengths":
+            ends = random.integers(12, 49, 30)
+            rates = [rate[:end] for rate, end in zip(rates, ends, strict=True)]
+            kinds = [kind[:end] for kind, end in zip(kinds, ends, strict=True)]
+        left = _at_the_same_place(rates, [np.arange(len(rate)) for rate in rates])
         found, null = _differences(left, [kind[1:] for kind in kinds], 200, trial)
         p_values.append((1 + (abs(null[:, 3]) >= abs(found[3])).sum()) / 201)
-    assert np.mean(np.array(p_values) < 0.1) < 0.2
+    assert np.mean(np.array(p_values) <= 0.1) <= 0.18
+    assert np.mean(np.array(p_values) <= 0.02) <= 0.07
     assert 0.35 < np.mean(p_values) < 0.65
+
+
+def test_kinds_of_another_text_say_nothing() -> None:
+    comma = PIECES.index(",")
+    found = report(lambda ids, place: -(ids == comma).float(), texts(), of_another_text=True)
+    rows = {row.kind: row for row in found.rows}
+    assert rows["punctuation"].tokens > 300
+    assert abs(rows["punctuation"].difference) < 0.1
+    assert rows["punctuation"].p > 0.005
+    assert found.explained < 0.02
 
 
 def test_what_is_asked_for_is_checked() -> None:

@@ -621,16 +621,19 @@ def test_free_draws_shallow_states_to_deep_ones(tmp_path: Path) -> None:
 # -- routers --------------------------------------------------------------------------------------
 
 
-def trained(model: Any, options: Any, folder: Path, steps: int, rate: float) -> tuple[Any, Any]:
+def trained(
+    model: Any, options: Any, folder: Path, steps: int, rate: float, rows: Any = None, **given: Any
+) -> tuple[Any, Any]:
     """(model after some steps, what was logged at each)."""
     from transformers import TrainingArguments
 
-    rows = [{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in random_ids(64, 32)]
+    if rows is None:
+        rows = [{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in random_ids(64, 32)]
     trainer = gateskip.GateSkipTrainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, use_cpu=True,
-            report_to=[], learning_rate=rate, disable_tqdm=True, logging_steps=1,
+            report_to=[], learning_rate=rate, disable_tqdm=True, logging_steps=1, **given,
         ),
         gateskip_args=options,
         train_dataset=rows,
@@ -702,6 +705,60 @@ def test_flexidepth_draws_routers_down(tmp_path: Path) -> None:
     assert all("skip_" in key for key in changed)  # the model is frozen
     with pytest.raises(ConfigError, match="kind='bottleneck' has nothing to fit"):
         gateskip.fit(found, list(random_ids(20, 64)))
+
+
+def test_options_that_would_train_something_else_are_refused(tmp_path: Path) -> None:
+    for name, options in (
+        ("skipgpt", {"router_steps": 1.5}), ("skipgpt", {"start": -3.0}),
+        ("router_tuning", {"temperature": 0.0}), ("fixed_layers", {"layers": (1.5,)}),
+        ("fixed_layers", {"layers": (True,)}), ("fixed_layers", {"layers": (1, 1)}),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            applied(name, **options)
+    with pytest.raises(ConfigError, match="needs exit_loss='shallow'"):
+        gateskip.GateSkipTrainingConfig(exit_loss="weighed", exit_distill=1.0)
+    free = gateskip.GateSkipTrainingConfig(exit_loss="shallow", exit_layers=4, budget_end=1.0)
+    with pytest.raises(ConfigError, match="exit_layers=4 must be fewer"):
+        trained(applied("free"), free, tmp_path, steps=1, rate=1e-3)
+    model = applied("skipgpt")
+    options = methods.METHODS.get("skipgpt")().training(model, 0.7)
+    with pytest.raises(UnsupportedError, match=r"cost_weight=1\.0 gets no gradient"):
+        trained(
+            model, options, tmp_path, steps=1, rate=1e-3, gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": True},
+        )  # fmt: skip
+    state_of(model).policy = None
+    with pytest.raises(ConfigError, match="thresholds='zero' weighs"):
+        trained(model, options, tmp_path, steps=1, rate=1e-3)
+
+
+def test_exits_that_were_saved_before_they_could_end() -> None:
+    from gateskip.methods.exits import ExitRule
+
+    tensors = dict(ExitRule("state", decay=1.0, horizon=9, first=2, last=3).tensors())
+    again = ExitRule.of_tensors(tensors)
+    assert (again.measure, again.horizon, again.first, again.last) == ("state", 9, 2, 3)
+    tensors["settings"] = tensors["settings"][:4]
+    assert ExitRule.of_tensors(tensors).last is None
+
+
+def test_rows_without_labels_have_no_distance(tmp_path: Path) -> None:
+    model = applied("free", layers=2)
+    options = methods.METHODS.get("free")(layers=2).training(model, 0.75)
+    rows = [{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in random_ids(8, 32)]
+    for row in rows[:4]:
+        row["labels"] = [-100] * 32
+    _, logged = trained(
+        model, options, tmp_path, steps=1, rate=0.0, rows=rows, gradient_accumulation_steps=2,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    whole = applied("free", layers=2)
+    _, expected = trained(
+        whole, options, tmp_path / "whole", steps=1, rate=0.0, rows=rows[4:],
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    for name in ("exit_distillation", "exit_loss"):
+        assert logged[0][name] == pytest.approx(expected[0][name], rel=1e-4), name
 
 
 def test_skipgpt_adapts_the_model_afterwards() -> None:

@@ -134,3 +134,7 @@ def test_what_is_penalised_of_the_cost() -> None:
     found["absolute"].backward()
     assert spent.grad is not None
     assert (spent.grad < 0).all()  # below the target: keep more
+    # A branch without a threshold keeps everyone.
+    objective.shares = {(0, "mlp"): 0.25, (1, "mlp"): 0.75, (2, "mlp"): 1.0}
+    assert float(objective.cost().detach()) == pytest.approx(1.525)
+    assert float(objective.excess("absolute", 0.6).detach()) == pytest.approx(0.925)

@@ -27,6 +27,7 @@ from gateskip.config import one_of
 from gateskip.errors import DataError
 from gateskip.evaluation.statistics import (
     Estimate,
+    Interval,
     PairedDifference,
     estimate,
     holm,
@@ -375,6 +376,8 @@ def _ratios(runs: Sequence[Run], controls: Sequence[Run], metric: str) -> dict[i
 def difference(one: Summary, other: Summary, metric: str) -> PairedDifference | None:
     """By how much ``one`` is better over common seeds; None where there is none."""
     first, second = by_seed(one.runs, metric), by_seed(other.runs, metric)
+    if other.method == DENSE and len(second) == 1:  # nothing in it is drawn: the same for all seeds
+        second = dict.fromkeys(first, *second.values())
     if not set(first) & set(second):
         return None
     higher_is_better = metric == METRICS[0]
@@ -411,7 +414,10 @@ def _verdict(gates: Summary, other: Summary, metric: str) -> str:
     ours, theirs = gates.of(metric), other.of(metric)
     assert ours is not None
     assert theirs is not None
-    together = overlap(ours.interval, theirs.interval)
+    theirs_interval = theirs.interval
+    if other.method == DENSE and theirs.n == 1:
+        theirs_interval = Interval(theirs.mean, theirs.mean, "constant", 1.0, 1)
+    together = overlap(ours.interval, theirs_interval)
     if together is not False:
         return "unknown" if together is None else "overlap"
     return "better" if (ours.mean > theirs.mean) == (metric == METRICS[0]) else "worse"

@@ -1,9 +1,9 @@
 """Do skips go by the kind of token? Rates by kind and layer, with a permutation test.
 
-Three things make such tables say more than there is: texts differ, tokens at different places are
-skipped at different rates, whatever they are, and neighbours resemble each other. So kinds are
-compared within a text and at the same place, and the null turns the kinds of every text round by a
-random number of tokens, which leaves neighbours as they are.
+Texts differ, tokens at different places are skipped at different rates and with different spread,
+neighbours resemble each other, and a chat template puts the same tokens at the same places: each
+makes a plain table say more than there is. So kinds are compared within a text and at the same
+place, and the null gives every text the kinds of another one, place by place.
 
 Shapes: T tokens of a text, N of all texts, K kinds.
 """
@@ -11,6 +11,7 @@ Shapes: T tokens of a text, N of all texts, K kinds.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ FUNCTION_WORDS = frozenset(
 )
 LEAST_TOKENS = 1_000
 LEAST_AT_A_PLACE = 20
+ALIKE = 10  # texts of about one length, which change kinds
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ def token_kinds(
         words: lower-case function words; English ones by default.
     """
     special = set(tokenizer.all_special_ids)
-    pieces = [tokenizer.decode([int(token)]) for token in ids]
+    pieces = _pieces(ids, tokenizer)
     found: list[str] = []
     for index, (token, piece) in enumerate(zip(ids, pieces, strict=True)):
         begins = index == 0 or not piece[:1].isalnum() or not pieces[index - 1][-1:].isalnum()
@@ -120,6 +122,18 @@ def token_kinds(
     return found
 
 
+def _pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """The text that every token adds, with the space before it: some decoders drop that of what
+    they are given first."""
+    found = []
+    for index, token in enumerate(ids):
+        before = tokenizer.decode([int(ids[index - 1])]) if index else ""
+        both = tokenizer.decode([int(t) for t in ids[max(index - 1, 0) : index + 1]])
+        alone = not both.startswith(before)  # a part of a character
+        found.append(tokenizer.decode([int(token)]) if alone else both[len(before) :])
+    return found
+
+
 def skips_by_kind(
     model: nn.Module,
     data: Any,
@@ -129,27 +143,34 @@ def skips_by_kind(
     max_length: int = 512,
     words: Collection[str] = FUNCTION_WORDS,
     draws: int = 2_000,
+    of_another_text: bool = False,
     seed: int = 0,
 ) -> KindReport:
     """Skip rates by kind of token at the budget in force.
 
-    p is the share of draws (each text's kinds turned round by a random number of tokens) whose
+    p is the share of draws (each text gets the kinds of another one of about its length) whose
     difference is at least as far from 0, the one found counted among them, so never below
     1 / (draws + 1). A text's first token, which is never skipped, is in no test.
 
     Args:
         data: texts, rows or id tensors (see ``gateskip.data``). draws: of the permutation test.
+        of_another_text: a negative control: tokens have the kinds of another text, so that
+            whatever is found is chance.
 
     Raises:
-        ConfigError: no tokenizer. DataError: fewer than 1,000 tokens, or none of them skips.
+        ConfigError: no tokenizer. DataError: fewer than 1,000 tokens, fewer than ten texts, or
+        none of the tokens skips.
     """
     if tokenizer is None:
         raise ConfigError("tokenizer=None, but kinds of tokens are read from their text; give it.")
     samples = take_tokens(encode(data, tokenizer, max_length), max_tokens)
     samples = [sample for sample in samples if sample.ids.shape[0] > 2]
     count = sum(sample.ids.shape[0] for sample in samples)
-    if count < LEAST_TOKENS:
-        raise DataError(f"data has {count} tokens; give at least {LEAST_TOKENS}.")
+    if count < LEAST_TOKENS or len(samples) < ALIKE:
+        raise DataError(
+            f"data has {count} tokens in {len(samples)} texts; give at least {LEAST_TOKENS} in "
+            f"{ALIKE}."
+        )
     rates, layers, kinds, places = [], [], [], []
     numbers: tuple[int, ...] = ()
     for sample in samples:
@@ -165,6 +186,13 @@ def skips_by_kind(
         names = token_kinds(sample.ids.tolist(), tokenizer, words)
         kinds.append(np.array([KINDS.index(name) for name in names]))
         places.append(np.arange(len(names)))
+    if of_another_text:
+        kinds = _exchanged(kinds, np.random.default_rng([seed, 1]), strangers=True)
+        known = [found >= 0 for found in kinds]  # what the other text is too short for is left out
+        rates, layers, kinds, places = (
+            [values[mask] for values, mask in zip(part, known, strict=True)]
+            for part in (rates, layers, kinds, places)
+        )
     rate_N, kind_N = np.concatenate(rates), np.concatenate(kinds)
     layer_NL = np.concatenate(layers)
     if not rate_N.any():
@@ -217,29 +245,53 @@ def _at_the_same_place(rates: Sequence[Any], places: Sequence[Any]) -> list[Any]
     return [rate - rate.mean() for rate in left]
 
 
+def _exchanged(kinds: Sequence[Any], random: Any, *, strangers: bool = False) -> list[Any]:
+    """Kinds of another text for every text, place by place; −1 beyond its end.
+
+    Texts change places with others of about their length.
+
+    Args:
+        strangers: no text keeps its own.
+    """
+    order = sorted(range(len(kinds)), key=lambda i: len(kinds[i]))
+    bounds = [*range(0, len(order) - ALIKE + 1, ALIKE), len(order)]  # the last group is longer
+    found: list[Any] = [None] * len(kinds)
+    for begin, end in itertools.pairwise(bounds):
+        group = order[begin:end]
+        mixed = random.permutation(group)
+        givers = (
+            dict(zip(mixed, np.roll(mixed, 1), strict=True))
+            if strangers
+            else dict(zip(group, mixed, strict=True))
+        )
+        for taker, giver in givers.items():
+            own = np.full(len(kinds[taker]), -1)
+            shared = min(len(own), len(kinds[giver]))
+            own[:shared] = kinds[giver][:shared]
+            found[taker] = own
+    return found
+
+
 def _differences(
     left: Sequence[Any], kinds: Sequence[Any], draws: int, seed: int
 ) -> tuple[Any, Any]:
     """(mean of each kind less that of the rest ``[K]``, the same of draws ``[D, K]``); NaN where
-    one of the two has fewer than two tokens."""
-    random = np.random.default_rng(seed)
-    rate_N, size = np.concatenate(left), len(KINDS)
-    count_K = np.bincount(np.concatenate(kinds), minlength=size)
-    rest_K = len(rate_N) - count_K
-    usable_K = (count_K > 1) & (rest_K > 1)
-    total = rate_N.sum()
+    one of the two has fewer than two tokens, 0 in draws."""
+    random, size = np.random.default_rng([seed, 0]), len(KINDS)
+    rate_N = np.concatenate(left)
 
     def of(kind_N: Any) -> Any:
-        sum_K = np.bincount(kind_N, rate_N, minlength=size)
+        known = kind_N >= 0
+        rates, found = rate_N[known], kind_N[known]
+        sum_K = np.bincount(found, rates, minlength=size)
+        count_K = np.bincount(found, minlength=size)
+        rest_K = len(rates) - count_K
         with np.errstate(divide="ignore", invalid="ignore"):
-            gap_K = sum_K / count_K - (total - sum_K) / rest_K
-        return np.where(usable_K, gap_K, np.nan)
+            gap_K = sum_K / count_K - (rates.sum() - sum_K) / rest_K
+        return np.where((count_K > 1) & (rest_K > 1), gap_K, np.nan)
 
-    null = [
-        of(np.concatenate([np.roll(found, random.integers(len(found))) for found in kinds]))
-        for _ in range(draws)
-    ]
-    return of(np.concatenate(kinds)), np.stack(null)
+    null = [of(np.concatenate(_exchanged(kinds, random))) for _ in range(draws)]
+    return of(np.concatenate(kinds)), np.nan_to_num(np.stack(null))
 
 
 def _explained(rate_N: Any, kind_N: Any) -> float:

@@ -103,7 +103,8 @@ class ExitRule(Rule):
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        measure, decay, horizon, first, last = tensors["settings"].tolist()
+        measure, decay, horizon, first, *more = tensors["settings"].tolist()
+        last = more[0] if more else NEVER
         return cls(
             MEASURES[int(measure)], decay=decay, horizon=int(horizon), first=int(first),
             last=None if last == NEVER else int(last), probes=tensors.get("probes"),

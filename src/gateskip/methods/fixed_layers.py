@@ -36,7 +36,8 @@ class FixedLayers(Static):
         count = state.shape.layers
         layers = list(self.layers)
         for layer in layers:
-            if not 0 <= layer < count or layers.count(layer) > 1:
+            whole = isinstance(layer, int) and not isinstance(layer, bool)
+            if not whole or not 0 <= layer < count or layers.count(layer) > 1:
                 raise ConfigError(
                     f"layers={self.layers!r} must be different numbers from 0 to {count - 1}."
                 )

@@ -19,7 +19,7 @@ from torch import nn
 
 from gateskip.calibration.thresholds import calibrate
 from gateskip.config import BRANCH_KINDS
-from gateskip.errors import BudgetError
+from gateskip.errors import BudgetError, ConfigError
 from gateskip.methods.base import Method, bare
 from gateskip.methods.mixture_of_depths import capacity
 from gateskip.retrofit.attach import gate_of, gated_branches
@@ -46,6 +46,14 @@ class _Routed(Method):
     temperature: float = 1.0
     cost: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("start", "cost"):
+            value = getattr(self, name)
+            if not value >= 0.0:
+                raise ConfigError(f"{name}={value!r} must not be negative.")
+        if not self.temperature > 0.0:
+            raise ConfigError(f"temperature={self.temperature!r} must be above 0.")
 
     def apply(self, model: nn.Module, data: Any, tokenizer: Any = None) -> nn.Module:
         state = bare(model, importance="head", branches=tuple(self.branches), seed=self.seed)
@@ -98,6 +106,11 @@ class SkipGPT(_Routed):
 
     paper: ClassVar[str] = "arXiv 2506.04179"
     router_steps: float = 0.5
+
+    def __post_init__(self) -> None:
+        _Routed.__post_init__(self)
+        if not 0.0 < self.router_steps < 1.0:
+            raise ConfigError(f"router_steps={self.router_steps!r} must be a share in (0, 1).")
 
     def stages(
         self, model: nn.Module, compute: float

@@ -99,6 +99,8 @@ def check_options(folder: Path, mine: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} is no checkpoint of a gateskip training ({error})."
         ) from error
+    # Options that are younger than the checkpoint were what they are by default.
+    theirs = GateSkipTrainingConfig().to_json() | theirs
     other = [f"{k}={theirs.get(k)!r}" for k in mine if theirs.get(k) != mine[k]]
     if other:
         raise CheckpointError(

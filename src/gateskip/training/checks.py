@@ -47,6 +47,16 @@ def check_combination(config: GateSkipTrainingConfig, gated: GateSkipState, argu
             "thresholds='learned' get no gradient from reentrant checkpointing; pass "
             "gradient_checkpointing_kwargs={'use_reentrant': False}."
         )
+    if reentrant and config.cost_weight:
+        raise UnsupportedError(
+            f"cost_weight={config.cost_weight} gets no gradient from reentrant checkpointing; pass "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )
+    if config.exit_loss == "shallow" and config.exit_layers >= gated.shape.layers:
+        raise ConfigError(
+            f"exit_layers={config.exit_layers} must be fewer than the model's "
+            f"{gated.shape.layers} layers."
+        )
     if reentrant and config.auxiliary:
         raise UnsupportedError(
             f"auxiliary={config.auxiliary} gets no gradient from reentrant checkpointing; pass "
@@ -89,6 +99,11 @@ def check_thresholds(
         raise ConfigError(
             "thresholds='learned' begin at calibrated ones; call gateskip.calibrate(model, data) "
             "first."
+        )
+    elif config.thresholds == "zero":
+        raise ConfigError(
+            "thresholds='zero' weighs what skips save, which depends on the length of texts; call "
+            "gateskip.calibrate(model, data) first."
         )
     else:
         warnings.warn(

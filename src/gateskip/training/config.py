@@ -129,6 +129,11 @@ class GateSkipTrainingConfig:
         one_of("arm", self.arm, ARMS)
         one_of("exit_loss", self.exit_loss, EXIT_LOSSES)
         one_of("cost_kind", self.cost_kind, COST_KINDS)
+        if self.exit_distill and self.exit_loss != "shallow":
+            raise ConfigError(
+                f"exit_distill={self.exit_distill!r} needs exit_loss='shallow', not "
+                f"{self.exit_loss!r}."
+            )
         if self.exit_loss != "none" and self.distill:
             raise ConfigError(f"exit_loss={self.exit_loss!r} has no teacher; set distill=0.")
         if not 0.0 <= self.layer_dropout < 1.0:

@@ -157,8 +157,12 @@ class GateObjective:
 
     def cost(self, tokens: Tensor | int | None = None) -> Tensor:
         """Expected share of what skips can save that is spent, over tokens as in :meth:`mean`."""
-        total = torch.stack(self._graphs(self.spent)).sum()
+        total = torch.stack(self._graphs(self.spent)).sum() + self._always() * self.tokens
         return total / (self.tokens if tokens is None else tokens)
+
+    def _always(self) -> float:
+        """Share of the costs that branches without a threshold have: they keep everyone."""
+        return sum(share for key, share in self.shares.items() if key not in self.spent)
 
     def excess(self, kind: str, target: float, tokens: Tensor | int | None = None) -> Tensor:
         """What of :meth:`cost` is penalised, over tokens as there.
@@ -167,6 +171,8 @@ class GateObjective:
             kind: ``"linear"``: all of it; ``"hinge"``: what each branch spends above the target
                 (arXiv 2410.13184); ``"absolute"``: how far the whole is from it (arXiv 2506.04179).
             target: share of what skips can save that may be spent.
+
+        Of an accumulated batch it is the mean over its parts, which is at least that of the whole.
         """
         if kind == "linear":
             return self.cost(tokens)
@@ -175,7 +181,7 @@ class GateObjective:
             share = torch.tensor([self.shares[key] for key in self.spent], device=each.device)
             found = (each - target * share).relu().sum()
         else:
-            found = (each.sum() - target).abs()
+            found = (each.sum() + self._always() - target).abs()
         return found if tokens is None else found * (self.tokens / tokens)
 
     def prediction(self, tokens: Tensor | int | None = None) -> Tensor:

@@ -341,10 +341,10 @@ class GateSkipMixin:
                 head, torch.cat([h for h, _ in asked]), target_N.repeat(len(asked)),
                 weight_N=torch.cat([h.new_full(h.shape[:1], w).float() for h, w in asked]),
             )  # fmt: skip
-            if config.exit_distill:
-                distance = layer_distance(states, config.exit_layers)
-                self._note("exit_distillation", distance)
-                total = total + config.exit_distill * distance * target_N.shape[0]
+            if config.exit_distill and target_N.shape[0]:
+                distance = layer_distance(states, config.exit_layers) * target_N.shape[0]
+                self._note("exit_distillation", distance / n)
+                total = total + config.exit_distill * distance
         self._note("exit_loss", total / n)
         return total / n
 
