@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -117,6 +119,66 @@ def test_meter_counts_by_branch_kind() -> None:
     assert rates["skip_rate"] == pytest.approx(seen.ledger.skip_rate)
     assert 0 < rates["skip_rate_mlp"] < 1
     assert meter.rates() == {}
+
+
+def test_decisions_learn_from_skipped_tokens_where_all_is_computed() -> None:
+    """The gradient of a score is ⟨∂L/∂out, g ⊙ o⟩ · p (1 − p) / T, of skipped tokens as of kept."""
+    model = gated(importance="head", compensation="none")
+    ids, state = random_ids(2, 12), state_of(model)
+    thresholds = dict.fromkeys(state.branches, 0.0)
+    gates = [gate_of(m) for m in gated_branches(model, state.family).values()]
+    for number, gate in enumerate(gates):  # the last branch alone skips
+        assert gate.score_weight is not None
+        gate.set_head(torch.randn(64, generator=torch.Generator().manual_seed(number)), 0.0)
+        if number < len(gates) - 1:
+            gate.set_head(torch.zeros(64), 5.0)
+    seen: dict[str, Tensor] = {}
+    layer = layers_of(model, state.family)[-1]
+    hooks = [
+        layer.post_attention_layernorm.register_forward_hook(
+            lambda _m, _a, out: seen.update(u=out.detach())
+        ),
+        layer.mlp.register_forward_hook(lambda _m, _a, out: seen.update(o=out.detach())),
+    ]
+    found = {}
+    for everyone in (False, True):
+        model.zero_grad()
+        objective = GateObjective(penalty=None, temperature=2.0, everyone=everyone)
+        with override(state, objective=objective, thresholds=thresholds, execution="masked"):
+            out = model.model(ids).last_hidden_state
+        out.retain_grad()
+        last = layer_output(model, ids, state, thresholds)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
+        (out * weight).sum().backward()
+        found[everyone] = gates[-1].score_weight.grad.clone()  # type: ignore[union-attr]
+    for hook in hooks:
+        hook.remove()
+    # Written out, from the norm's gradient at the layer's output.
+    u, o = seen["u"], seen["o"]
+    h = last.detach().requires_grad_(True)
+    (model.model.norm(h) * weight).sum().backward()
+    assert h.grad is not None
+    score = gates[-1].score(u).detach()
+    p = torch.sigmoid(score / 2.0)
+    each = (h.grad * gates[-1](u).detach() * o).sum(-1) * p * (1 - p) / 2.0
+    kept = score >= 0.0
+    kept[:, 0] = True  # protected
+    assert 0 < int(kept.sum()) < kept.numel()
+    torch.testing.assert_close(found[True], (each[..., None] * u).sum((0, 1)), atol=1e-4, rtol=1e-3)
+    wanted = (each[..., None] * u)[kept].sum(0)
+    torch.testing.assert_close(found[False], wanted, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(found[True], found[False], atol=1e-2)
+
+
+def layer_output(model: nn.Module, ids: Tensor, state: Any, thresholds: Any) -> Tensor:
+    """What the last layer gives to the final norm."""
+    caught: list[Tensor] = []
+    decoder: Any = model.model
+    hook = decoder.norm.register_forward_pre_hook(lambda _m, args: caught.append(args[0]))
+    with torch.no_grad(), override(state, thresholds=thresholds, execution="masked"):
+        decoder(ids)
+    hook.remove()
+    return caught[0]
 
 
 def test_what_is_penalised_of_the_cost() -> None:

@@ -211,7 +211,7 @@ def _finish_whole(
     out = masked_join(base, kept_BTH, u, keep, call.everyone(), branch.compensation)
     if call.objective is None:
         return out
-    kept = keep.flatten().nonzero()[:, 0]
+    kept = (call.everyone() if call.objective.everyone else keep).flatten().nonzero()[:, 0]
     o_MH, u_MH = (t.flatten(0, 1).index_select(0, kept) for t in (o, u))
     return _learnable(branch, out.flatten(0, 1), o_MH, u_MH, kept).view_as(h)
 

@@ -3,10 +3,8 @@
 A linear score of a branch's input keeps a token where σ(score) ≥ ½, trained with a straight-through
 gradient against the loss and the cost. Kept branches are as they were: nothing weighs their output.
 Afterwards thresholds are calibrated, so that a model serves more budgets than the one it was
-trained for.
-
-Ours versus the papers: a skipped branch is not computed in training either, so the gradient of a
-decision comes from kept tokens.
+trained for. While they are trained skipped branches are computed, too, so that decisions
+learn from what skipped tokens miss.
 """
 
 from __future__ import annotations
@@ -68,7 +66,8 @@ class _Routed(Method):
     def training(self, model: nn.Module, compute: float) -> GateSkipTrainingConfig:
         return GateSkipTrainingConfig(
             backbone="frozen", train_gates=True, train_compensation=False, thresholds="zero",
-            decision_gradient=self.temperature, cost_weight=self.cost, cost_kind=self.cost_kind,
+            decision_gradient=self.temperature, learn_from_skipped=True,
+            cost_weight=self.cost, cost_kind=self.cost_kind,
             cost_target=self.share(model, compute), budget_end=1.0,
         )  # fmt: skip
 

@@ -37,6 +37,8 @@ class GateSkipTrainingConfig:
         train_gates: False leaves the gates as they are (as fitted).
         decision_gradient: what trains decisions. 0: only the gate's value and the penalty (the
             paper). Above: straight-through gradients of temperature T, in units of the score.
+        learn_from_skipped: decisions learn from skipped tokens as well, whose branches are computed
+            for it: a training that saves nothing, as routers' papers have it.
         cost_weight: weight of the expected share of MACs spent, which straight-through gradients
             trade against the loss.
         cost_kind: what is weighed: ``"linear"``: the share itself; ``"hinge"``: what it is above
@@ -92,6 +94,7 @@ class GateSkipTrainingConfig:
     penalty_end: float | None = None
     train_gates: bool = False
     decision_gradient: float = 0.0
+    learn_from_skipped: bool = False
     cost_weight: float = 0.0
     cost_kind: Literal["linear", "hinge", "absolute"] = "linear"
     cost_target: float = 0.8
@@ -194,6 +197,8 @@ class GateSkipTrainingConfig:
             raise ConfigError(
                 f"cost_weight={self.cost_weight!r} needs decision_gradient= (a temperature)."
             )
+        if self.learn_from_skipped and not self.decision_gradient:
+            raise ConfigError("learn_from_skipped=True needs decision_gradient= (a temperature).")
         moves = self.train_gates or self.thresholds == "learned"
         if self.decision_gradient and not moves:
             raise ConfigError(

@@ -39,6 +39,7 @@ class GateObjective:
         slopes: per branch, of penalties on the branch's mean.
         temperature: of straight-through decisions, in units of the score; 0: decisions get none.
         costs: MACs that a skip saves, per branch, for the expected cost; None: not asked for.
+        everyone: whether decisions learn from skipped tokens, too (masked execution only).
         hard: whether the cost counts decisions, whose gradient the soft ones have.
         predicts: whether scores learn to be above 0 where the sequence's top-k keeps a token.
 
@@ -57,10 +58,11 @@ class GateObjective:
         slopes: Mapping[BranchKey, float] | None = None,
         temperature: float = 0.0,
         costs: Mapping[BranchKey, float] | None = None,
+        everyone: bool = False,
         hard: bool = False,
         predicts: bool = False,
     ) -> None:
-        self.hard = hard
+        self.everyone, self.hard = everyone, hard
         self.predicts = predicts
         self.missed: dict[BranchKey, Tensor] = {}
         self.penalty, self.slopes, self.temperature = penalty, slopes, temperature
@@ -117,8 +119,8 @@ class GateObjective:
     ) -> Tensor | None:
         """Zeros ``[M, H]`` whose gradient is that of keeping a token (straight-through).
 
-        With p = σ((s − τ)/T): (p − p) · (g ⊙ o − c(u)), of kept tokens only; what a skipped token
-        would have got was not computed.
+        With p = σ((s − τ)/T): (p − p) · (g ⊙ o − c(u)), of kept tokens only where what a skipped
+        token would have got was not computed.
 
         Args:
             gained_MH: what the branch adds, where that is not g ⊙ o.

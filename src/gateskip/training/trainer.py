@@ -263,7 +263,8 @@ class GateSkipMixin:
         return GateObjective(
             penalty=config.penalty_kind if config.penalty else None,
             slopes=None if self._means is None else self._means.slopes(),
-            temperature=config.decision_gradient, costs=costs, hard=config.cost_kind != "linear",
+            temperature=config.decision_gradient, costs=costs,
+            everyone=config.learn_from_skipped, hard=config.cost_kind != "linear",
             predicts=config.auxiliary > 0.0,
         )  # fmt: skip
 
@@ -276,6 +277,8 @@ class GateSkipMixin:
         assert self._own is not None
         own = self._own.now(self._keeps() if training else None)
         meter = self._meter if training else None
+        if training and self.gateskip_args.learn_from_skipped:
+            own["execution"] = "masked"
         with override(
             state_of(self._gated), budget=budget, objective=objective, recorder=meter, **own
         ):
