@@ -29,20 +29,31 @@ from gateskip import methods
 from gateskip.data import encode
 from gateskip.errors import BudgetError, TrainingError
 from gateskip.evaluation.results import CONTROL, DENSE
+from gateskip.methods.mixture_of_depths import capacity
 from gateskip.methods.static import Static
 from gateskip.skipping.state import state_of
 from gateskip.training import GateSkipTrainer
 from gateskip.training.dataset import make_dataset
 from gateskip.training.recalibration import recalibrate
 
-__all__ = ["FULL", "Bench", "Job", "Stages", "add_options", "every_job", "make", "static"]
+__all__ = [
+    "FULL",
+    "Bench",
+    "Job",
+    "Stages",
+    "Variant",
+    "add_options",
+    "every_job",
+    "make",
+    "static",
+]
 
 #: Nulls that rank by what gates know.
 OF_GATES = ("position", "token_identity")
 #: What computes everything.
 FULL = (CONTROL, DENSE)
 Stages = tuple[tuple[float, gateskip.GateSkipTrainingConfig], ...]
-#: (options of the gates, options of the training).
+#: (options of the gates, options of the training or ``stages``: shares of the steps and options).
 Variant = tuple[dict[str, Any], dict[str, Any]]
 #: Where a method cannot save so much as it is, how it can.
 FURTHER: dict[str, dict[str, Any]] = {
@@ -77,7 +88,8 @@ class Bench:
         fit_rows: what gates are fitted on, and thresholds calibrated.
         train_rows: (seed, how many) to rows.
         test: (job, model, dense model) to figures of a result.
-        gates, training: of the main form of gates. variants: by name, changes of both; a variant
+        gates, training, stages: of the main form of gates; each stage is a share of the steps and
+            options beside ``training``. variants: by name, changes of gates and training; a variant
             named as an allocation is calibrated with it.
         grid: shares of pairs kept of calibrations.
         collapsed: a run whose accuracy is below this has collapsed.
@@ -94,6 +106,7 @@ class Bench:
     max_length: int
     gates: dict[str, Any]
     training: dict[str, Any]
+    stages: tuple[tuple[float, dict[str, Any]], ...]
     variants: dict[str, Variant]
     backbone: str
     grid: tuple[float, ...]
@@ -119,8 +132,16 @@ class Bench:
             gateskip.fit(model, rows, self.tokenizer)
             how = {"allocation": job.variant} if job.variant in ("uniform", "searched") else {}
             gateskip.calibrate(model, rows, self.tokenizer, grid=self.grid, **how)
-            given |= {"budget_end": compute} | self.training | training
-            return ((1.0, gateskip.GateSkipTrainingConfig(**given)),), {}
+            given |= {"budget_end": compute} | self.training
+            stages = self.stages if job.saved else ((1.0, {}),)
+            if "stages" in training:
+                stages = training["stages"]
+            else:  # of what adapts the model, not of what learns decisions before
+                stages = tuple((s, o if "backbone" in o else o | training) for s, o in stages)
+            return tuple(
+                (share, gateskip.GateSkipTrainingConfig(**(given | self._routed(model, job, own))))
+                for share, own in stages
+            ), {}
         wants = methods.METHODS.get(job.method)
         if job.method in OF_GATES:
             gateskip.attach(model, gateskip.GateConfig(**self.gates, seed=job.seed))
@@ -148,6 +169,17 @@ class Bench:
             (s, c if c.backbone == "frozen" else dataclasses.replace(c, **changed))
             for s, c in found
         ), dataclasses.asdict(wants(**options))
+
+    @staticmethod
+    def _routed(model: Any, job: Job, options: dict[str, Any]) -> dict[str, Any]:
+        """Options, with the share that the budget is of what skips can save as the cost's target.
+
+        Raises:
+            BudgetError: skips cannot save so much.
+        """
+        if not options.get("cost_weight") or options.get("cost_kind", "linear") == "linear":
+            return options
+        return options | {"cost_target": capacity(state_of(model), 1.0 - job.saved)}
 
     def trained(
         self, job: Job, model: Any, stages: Stages, options: argparse.Namespace

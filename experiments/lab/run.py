@@ -18,7 +18,7 @@ from model import DENSE, LONGEST, TEST_SEED, exact_match
 from transformers import LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from arms import FULL, Bench, Job, add_options, make
+from arms import FULL, Bench, Job, Variant, add_options, make
 
 import gateskip
 from gateskip.evaluation.quality import Evaluation
@@ -29,43 +29,53 @@ FIT_SEED, TRAIN_SEED, LOSS_SEED = 50_000, 60_000, 70_000  # of problems; none is
 FIT_PROBLEMS, LOSS_PROBLEMS = 300, 300
 GRID = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.42, 0.35, 0.28, 0.2)
 SAVED = (0.25, 0.5, 0.15, 0.35, 0.0)
-GATES: dict[str, Any] = {"kind": "scalar", "compensation_rank": 8}
+GATES: dict[str, Any] = {"kind": "scalar", "importance": "head", "compensation_rank": 8}
 TRAINING: dict[str, Any] = {"schedule": "constant", "calibrate_every": 20}
-HEAD: dict[str, Any] = {"importance": "head", "kind": "low_rank", "rank": 4}
-#: Variants of the gates: (options of the gates, options of the training).
-VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+#: Decisions learn in a frozen model first, from what skipped tokens miss.
+ROUTED: dict[str, Any] = {
+    "backbone": "frozen", "train_gates": True, "decision_gradient": 1.0, "cost_weight": 1.0,
+    "cost_kind": "absolute", "learn_from_skipped": True, "calibrate_every": 0,
+    "train_compensation": False,
+}  # fmt: skip
+FROZEN: dict[str, Any] = {"backbone": "frozen", "compensation_learning_rate": 3e-3}
+STAGES = ((0.5, ROUTED), (0.5, {}))
+#: Variants of the gates, see ``arms``; options of a training are those of the last stage.
+VARIANTS: dict[str, Variant] = {
     "": ({}, {}),
+    # How decisions are learned.
+    "fitted": ({"importance": "mean_logit"}, {"stages": ((1.0, {}),)}),
+    "fitted_linear": (
+        {"importance": "mean_logit"},
+        {"stages": ((1.0, {"schedule": "linear", "budget_steps": 0.5, "calibrate_every": 0}),)},
+    ),
+    "kept_only": ({}, {"stages": ((0.5, ROUTED | {"learn_from_skipped": False}), (0.5, {}))}),
+    "cool": ({}, {"stages": ((0.5, ROUTED | {"decision_gradient": 0.3}), (0.5, {}))}),
+    "dear": ({}, {"stages": ((0.5, ROUTED | {"cost_weight": 5.0}), (0.5, {}))}),
+    "routed_less": ({}, {"stages": ((0.25, ROUTED), (0.75, {}))}),
     # What a skipped branch leaves.
     "compensation_none": ({"compensation": "none"}, {}),
     "compensation_mean": ({"compensation": "mean"}, {}),
     "compensation_16": ({"compensation_rank": 16}, {}),
-    "compensation_fast": ({}, {"compensation_learning_rate": 3e-3}),
     "previous": ({"kv_source": "previous"}, {}),
     "hidden": ({"kv_source": "none"}, {}),
     # How budgets are split.
     "uniform": ({}, {}),
-    "searched": ({}, {}),
-    "layers": ({"decision": "layer"}, {}),
-    # The paper's ablations; a gate that is trained has a head for its decisions.
+    # The paper's ablations.
     "vector": ({"kind": "vector"}, {}),
-    "shared": ({"kind": "shared"}, {}),
+    "shared": ({"kind": "shared", "importance": "mean_logit"}, {"stages": ((1.0, {}),)}),
     "mlp": ({"kind": "mlp", "rank": 16}, {}),
     "before": ({"placement": "before"}, {}),
-    "frozen": ({}, {"backbone": "frozen", "compensation_learning_rate": 3e-3}),
+    "frozen": ({}, {"stages": ((0.5, ROUTED), (0.5, FROZEN))}),
     "attention_only": ({"branches": ("attention",)}, {}),
     "mlp_only": ({"branches": ("mlp",)}, {}),
-    # What trains gates and decisions.
-    "trained_gates": (HEAD, {"train_gates": True, "gate_learning_rate": 1e-3}),
-    "penalty_0.01": (HEAD, {"train_gates": True, "penalty": 0.01}),
-    "penalty_0.1": (HEAD, {"train_gates": True, "penalty": 0.1}),
-    "penalty_1": (HEAD, {"train_gates": True, "penalty": 1.0}),
-    "decisions": (HEAD, {"train_gates": True, "decision_gradient": 0.5, "cost_weight": 0.1}),
+    "layers": ({"decision": "layer", "importance": "mean_logit"}, {"stages": ((1.0, {}),)}),
     # The rest of the training.
+    "penalty_0.01": ({"kind": "low_rank", "rank": 4}, {"train_gates": True, "penalty": 0.01}),
+    "penalty_0.1": ({"kind": "low_rank", "rank": 4}, {"train_gates": True, "penalty": 0.1}),
+    "penalty_1": ({"kind": "low_rank", "rank": 4}, {"train_gates": True, "penalty": 1.0}),
     "distill_itself": ({}, {"distill": 0.5, "teacher": "itself"}),
     "distill_before": ({}, {"distill": 0.5}),
     "calibrated_once": ({}, {"calibrate_every": 0}),
-    "linear": ({}, {"schedule": "linear", "budget_steps": 0.5}),
-    "sampled": ({}, {"schedule": "sampled"}),
 }
 METHODS = (
     "dense",
@@ -114,8 +124,8 @@ def bench(options: argparse.Namespace) -> Bench:
         tokenizer=tokenizer(),
         fit_rows=list(problems(FIT_SEED, FIT_PROBLEMS)),
         train_rows=lambda seed, count: list(problems(TRAIN_SEED + seed, count)),
-        test=test, max_length=LONGEST, gates=GATES, training=TRAINING, variants=VARIANTS,
-        backbone="full", grid=GRID,
+        test=test, max_length=LONGEST, gates=GATES, training=TRAINING,
+        stages=STAGES, variants=VARIANTS, backbone="full", grid=GRID,
         collapsed=0.05,  # answers are one of some 30 numbers
         router_rate=1e-2,
         trainer={"weight_decay": 0.01, "adam_beta2": 0.98, "use_cpu": True},

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from arms import FULL, Bench, Job, add_options, make
+from arms import FULL, Bench, Job, Variant, add_options, make
 
 import gateskip
 from gateskip.evaluation.harness import harness_evaluate
@@ -38,13 +38,20 @@ QUESTIONS = {
 TEXTS = {"loss": "gsm8k_test", "loss_wikitext2": "wikitext2_test"}
 GRID = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3)
 SAVED = (0.25, 0.0)
-GATES: dict[str, Any] = {"kind": "scalar"}
+GATES: dict[str, Any] = {"kind": "scalar", "importance": "head"}
 TRAINING: dict[str, Any] = {"schedule": "constant", "compensation_learning_rate": 1e-3}
-VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+#: As in the lab: decisions learn in a frozen model first, from what skipped tokens miss.
+ROUTED: dict[str, Any] = {
+    "backbone": "frozen", "train_gates": True, "decision_gradient": 1.0, "cost_weight": 1.0,
+    "cost_kind": "absolute", "learn_from_skipped": True, "train_compensation": False,
+}  # fmt: skip
+STAGES = ((0.5, ROUTED), (0.5, {}))
+VARIANTS: dict[str, Variant] = {
     "": ({}, {}),
-    "sampled": ({}, {"schedule": "sampled"}),
+    "fitted": ({"importance": "mean_logit"}, {"stages": ((1.0, {}),)}),
+    "sampled": ({"importance": "mean_logit"}, {"stages": ((1.0, {"schedule": "sampled"}),)}),
     "compensation_none": ({"compensation": "none"}, {}),
-    "frozen": ({}, {"backbone": "frozen"}),
+    "frozen": ({}, {"stages": ((0.5, ROUTED), (0.5, {"backbone": "frozen"}))}),
 }
 METHODS = (
     "dense", "gateskip", "control", "random", "shortgpt", "mixture_of_depths", "router_tuning",
@@ -103,7 +110,8 @@ def bench(options: argparse.Namespace) -> Bench:
         ).eval(),
         tokenizer=tokenizer, fit_rows=rows_of(options.texts / "cal.jsonl"), train_rows=train_rows,
         test=test, max_length=options.max_length, gates=GATES, training=TRAINING,
-        variants=VARIANTS, backbone="lora", grid=GRID, collapsed=0.0, router_rate=1e-3,
+        stages=STAGES, variants=VARIANTS, backbone="lora", grid=GRID, collapsed=0.0,
+        router_rate=1e-3,
         trainer={"weight_decay": 0.001, "adam_beta2": 0.95, "use_cpu": options.cpu},
     )  # fmt: skip
 
