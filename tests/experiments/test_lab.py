@@ -139,7 +139,9 @@ def test_runs_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         found = json.loads((out / f"{name}.json").read_text())
         assert found["prefill_speedup"] > 0.0
         assert found["decode_speedup"] > 0.0
-        assert found["timing"]["prefill_macs_saved"] == pytest.approx(0.5, abs=0.2)
+    assert found["timing"]["exported"]  # the last one, of a static method
+    gates = json.loads((out / "gateskip_50_s0.json").read_text())
+    assert gates["timing"]["prefill_macs_saved"] == pytest.approx(0.5, abs=0.2)
     assert "timing" not in json.loads((out / "control_0_s0.json").read_text())
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     lab.main([*given, "--methods", *names, "--saved", "0.5", "0.0"])
