@@ -38,6 +38,7 @@ from gateskip.training.recalibration import recalibrate
 
 __all__ = [
     "FULL",
+    "ROUTED",
     "Bench",
     "Job",
     "Stages",
@@ -55,6 +56,12 @@ FULL = (CONTROL, DENSE)
 Stages = tuple[tuple[float, gateskip.GateSkipTrainingConfig], ...]
 #: (options of the gates, options of the training or ``stages``: shares of the steps and options).
 Variant = tuple[dict[str, Any], dict[str, Any]]
+#: Decisions learn in a frozen model first, from what skipped tokens miss.
+ROUTED: dict[str, Any] = {
+    "backbone": "frozen", "train_gates": True, "decision_gradient": 1.0, "cost_weight": 1.0,
+    "cost_kind": "absolute", "learn_from_skipped": True, "calibrate_every": 0,
+    "train_compensation": False,
+}  # fmt: skip
 #: Where a method cannot save so much as it is, how it can.
 FURTHER: dict[str, dict[str, Any]] = {
     "mixture_of_depths": {"every": 1},

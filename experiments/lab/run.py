@@ -18,7 +18,7 @@ from model import DENSE, LONGEST, TEST_SEED, exact_match
 from transformers import LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from arms import FULL, Bench, Job, Variant, add_options, make
+from arms import FULL, ROUTED, Bench, Job, Variant, add_options, make
 
 import gateskip
 from gateskip.evaluation.quality import Evaluation
@@ -31,12 +31,6 @@ GRID = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.42, 0.35, 0.28, 0.2)
 SAVED = (0.25, 0.5, 0.15, 0.35, 0.0)
 GATES: dict[str, Any] = {"kind": "scalar", "importance": "head", "compensation_rank": 8}
 TRAINING: dict[str, Any] = {"schedule": "constant", "calibrate_every": 20}
-#: Decisions learn in a frozen model first, from what skipped tokens miss.
-ROUTED: dict[str, Any] = {
-    "backbone": "frozen", "train_gates": True, "decision_gradient": 1.0, "cost_weight": 1.0,
-    "cost_kind": "absolute", "learn_from_skipped": True, "calibrate_every": 0,
-    "train_compensation": False,
-}  # fmt: skip
 FROZEN: dict[str, Any] = {"backbone": "frozen", "compensation_learning_rate": 3e-3}
 STAGES = ((0.5, ROUTED), (0.5, {}))
 #: Variants of the gates, see ``arms``; options of a training are those of the last stage.

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from arms import FULL, Bench, Job, Variant, add_options, make
+from arms import FULL, ROUTED, Bench, Job, Variant, add_options, make
 
 import gateskip
 from gateskip.evaluation.harness import harness_evaluate
@@ -40,11 +40,7 @@ GRID = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3)
 SAVED = (0.25, 0.0)
 GATES: dict[str, Any] = {"kind": "scalar", "importance": "head"}
 TRAINING: dict[str, Any] = {"schedule": "constant", "compensation_learning_rate": 1e-3}
-#: As in the lab: decisions learn in a frozen model first, from what skipped tokens miss.
-ROUTED: dict[str, Any] = {
-    "backbone": "frozen", "train_gates": True, "decision_gradient": 1.0, "cost_weight": 1.0,
-    "cost_kind": "absolute", "learn_from_skipped": True, "train_compensation": False,
-}  # fmt: skip
+#: As in the lab.
 STAGES = ((0.5, ROUTED), (0.5, {}))
 VARIANTS: dict[str, Variant] = {
     "": ({}, {}),

@@ -7,7 +7,7 @@ import functools
 import itertools
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -549,19 +549,23 @@ def test_exits_from_none_to_all(measure: str) -> None:
     assert trace.ledger.skip_rate == pytest.approx(15 / 16 * 3 / 4)
 
 
-@torch.no_grad()
-def test_calls_of_the_head_are_counted() -> None:
-    model, ids = applied("calm"), random_ids(2, 16)
-    state, rows = state_of(model), [0]
-    rule: Any = rule_of(state)
+def asked(model: Any, ids: Tensor) -> tuple[int, Any]:
+    """(rows that reached the LM head of an exit rule, the trace) of a call at a budget."""
+    rows, rule = [0], cast(Any, rule_of(state_of(model)))
     handle = rule.head.register_forward_pre_hook(
         lambda _, args: rows.__setitem__(0, rows[0] + args[0].shape[0])
     )
     with gateskip.budget(model, compute=0.8), gateskip.trace(model) as trace:
         model(ids)
     handle.remove()
+    return rows[0], trace
+
+
+@torch.no_grad()
+def test_calls_of_the_head_are_counted() -> None:
+    rows, trace = asked(applied("calm"), random_ids(2, 16))
     record = trace.calls[0]
-    assert rows[0] == sum(int(tokens.sum()) for tokens, _ in record.asked.values())
+    assert rows == sum(int(tokens.sum()) for tokens, _ in record.asked.values())
     # Asked is who was there before.
     for layer in range(1, 4):
         there = trace.keep[layer - 1, "attention"][0] if layer > 1 else torch.ones(2, 16).bool()
@@ -575,15 +579,9 @@ def test_calls_of_the_head_are_counted() -> None:
 @torch.no_grad()
 def test_free_leaves_after_the_shallow_model_or_not_at_all() -> None:
     model, ids = applied("free", layers=2), random_ids(2, 16)
-    state, rows = state_of(model), [0]
-    rule: Any = rule_of(state)
-    handle = rule.head.register_forward_pre_hook(
-        lambda _, args: rows.__setitem__(0, rows[0] + args[0].shape[0])
-    )
-    with gateskip.budget(model, compute=0.8), gateskip.trace(model) as trace:
-        model(ids)
-    handle.remove()
-    assert rows[0] == 32  # everybody is asked once
+    state = state_of(model)
+    rows, trace = asked(model, ids)
+    assert rows == 32  # everybody is asked once
     masks = [trace.keep[layer, "attention"][0] for layer in range(4)]
     assert all(mask.all() for mask in masks[:2])
     assert torch.equal(masks[2], masks[3])

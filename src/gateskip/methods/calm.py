@@ -21,15 +21,13 @@ from gateskip.errors import ConfigError
 from gateskip.execution.api import dense
 from gateskip.fitting.passes import eval_mode
 from gateskip.methods.base import Method, bare
-from gateskip.methods.exits import MEASURES, ExitRule
+from gateskip.methods.exits import GRID, MEASURES, ExitRule
 from gateskip.retrofit.devices import device_of
 from gateskip.skipping.rule import set_rule
 from gateskip.skipping.state import state_of
 from gateskip.training.config import GateSkipTrainingConfig
 
 __all__ = ["Calm"]
-
-GRID = (0.95, 0.9, 0.84, 0.77, 0.7, 0.6, 0.5, 0.4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,13 +25,15 @@ from gateskip.retrofit.head import LogitHead
 from gateskip.skipping.call import Call
 from gateskip.skipping.rule import Rule
 
-__all__ = ["MEASURES", "ExitRule"]
+__all__ = ["GRID", "MEASURES", "ExitRule"]
 
 MEASURES = ("softmax", "state", "probe")
 #: The score before anybody was asked, and its negative that of who has left: beyond what a
 #: confidence can be, and near enough to interpolate towards.
 UNSURE = 2.0
 NEVER = -1  # stands for None in a tensor
+#: Shares of pairs kept that thresholds of exits are found for.
+GRID = (0.95, 0.9, 0.84, 0.77, 0.7, 0.6, 0.5, 0.4)
 CHUNK = 512  # tokens whose logits exist at once
 SHARE = 0.9  # of a threshold that does not decay
 

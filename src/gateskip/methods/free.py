@@ -20,14 +20,12 @@ from torch import nn
 from gateskip.calibration.thresholds import calibrate
 from gateskip.errors import ConfigError
 from gateskip.methods.base import Method, bare
-from gateskip.methods.exits import ExitRule
+from gateskip.methods.exits import GRID, ExitRule
 from gateskip.skipping.rule import set_rule
 from gateskip.skipping.state import state_of
 from gateskip.training.config import GateSkipTrainingConfig
 
 __all__ = ["Free"]
-
-GRID = (0.95, 0.9, 0.84, 0.77, 0.7, 0.6, 0.5, 0.4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
