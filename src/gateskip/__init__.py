@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from gateskip.calibration.risk import RiskReport, control_risk
     from gateskip.calibration.thresholds import calibrate
     from gateskip.config import Budget, GateConfig
+    from gateskip.decoding import (
+        DecodingStats,
+        draft_view,
+        generate_scheduled,
+        generate_speculative,
+        generate_stitched,
+        tune_draft,
+    )
     from gateskip.errors import (
         AttachError,
         BudgetError,
@@ -38,6 +46,7 @@ if TYPE_CHECKING:
     from gateskip.execution.compiled import compile_masked
     from gateskip.execution.export import export_static
     from gateskip.execution.hub import push_to_hub
+    from gateskip.execution.top_k_attention import set_top_k_attention
     from gateskip.fitting.closed_form import FitReport, fit
     from gateskip.training import GateSkipTrainer, GateSkipTrainingConfig
 
@@ -50,6 +59,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DecodingStats",
     "FitReport",
     "GateConfig",
     "GateSkipError",
@@ -66,16 +76,22 @@ __all__ = [
     "compile_masked",
     "control_risk",
     "detach",
+    "draft_view",
     "execution",
     "export_static",
     "fit",
+    "generate_scheduled",
+    "generate_speculative",
+    "generate_stitched",
     "hold_budget",
     "load",
     "measure_latency",
     "push_to_hub",
     "save",
     "set_budget",
+    "set_top_k_attention",
     "trace",
+    "tune_draft",
 ]
 
 _HOMES = {
@@ -84,6 +100,10 @@ _HOMES = {
     "gateskip.calibration.risk": ("RiskReport", "control_risk"),
     "gateskip.calibration.thresholds": ("calibrate",),
     "gateskip.config": ("Budget", "GateConfig"),
+    "gateskip.decoding": (
+        "DecodingStats", "draft_view", "generate_scheduled", "generate_speculative",
+        "generate_stitched", "tune_draft",
+    ),
     "gateskip.errors": tuple(n for n in __all__ if n.endswith("Error")),
     "gateskip.execution.api": (
         "attach", "budget", "detach", "execution", "hold_budget", "set_budget", "trace",
@@ -92,6 +112,7 @@ _HOMES = {
     "gateskip.execution.compiled": ("compile_masked",),
     "gateskip.execution.export": ("export_static",),
     "gateskip.execution.hub": ("push_to_hub",),
+    "gateskip.execution.top_k_attention": ("set_top_k_attention",),
     "gateskip.fitting.closed_form": ("FitReport", "fit"),
     "gateskip.training": ("GateSkipTrainer", "GateSkipTrainingConfig"),
 }  # fmt: skip

@@ -180,6 +180,40 @@ def test_generate(folder: Path) -> None:
     assert "skipped 0.0%" in plain
 
 
+def test_generate_speculative(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = ("generate", folder / "gates", "--prompt", "w1 w2 w3", "--keep", 0.9,
+             "--max-new-tokens", 12)  # fmt: skip
+    plain = as_json(*start)
+    assert plain["speculative"] is None
+    for draft in ("0.7", "lookup", "dense", "exit:1"):
+        found = as_json(*start, "--speculative", "--draft", draft, "--draft-tokens", 3)
+        assert found["text"] == plain["text"]
+        assert found["speculative"]["new_tokens"] == found["new_tokens"] - 1
+    assert "drafted tokens were right" in run(*start, "--speculative")
+    store = ("--draft-store", folder / "data.jsonl")
+    found = as_json(*start, "--speculative", "--draft", "lookup", *store)
+    assert found["text"] == plain["text"]
+    assert "--draft-store" in fails(capsys, *start, *store)
+    assert "--draft 'half'" in fails(capsys, *start, "--speculative", "--draft", "half")
+    assert "draft_tokens=0" in fails(capsys, *start, "--speculative", "--draft-tokens", 0)
+    assert "layers=99" in fails(capsys, *start, "--speculative", "--draft", "exit:99")
+
+
+def test_tune_draft(folder: Path) -> None:
+    arguments = (
+        "tune-draft", folder / "gates", "--data", folder / "data.jsonl", "--keep", 0.9,
+        "--draft-keep", 0.7, "--draft-tokens", 2, "--new-tokens", 6, "--max-prompts", 2,
+        "--repeats", 1,
+    )  # fmt: skip
+    found = as_json(*arguments)
+    assert [t["settings"] for t in found["tried"]] == [
+        {}, {"draft_keep": 0.7, "draft_tokens": 2}, {"draft_policy": "lookup", "draft_tokens": 2},
+    ]  # fmt: skip
+    shown = run(*arguments, "--no-lookup")
+    assert "lookup" not in shown
+    assert "plain decoding" in shown
+
+
 def test_eval(folder: Path, tmp_path: Path) -> None:
     shown = run(
         "eval", folder / "gates", "--data", folder / "data.jsonl", "--keep", 0.9, "--keep", 0.7,

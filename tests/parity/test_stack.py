@@ -233,3 +233,70 @@ def test_weights_of_8_bits(family: str, stacked: list[bool]) -> None:
     stacked.clear()
     fed(model, random_ids(1, 8), DynamicCache(config=model.config))
     assert not any(stacked)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("static", [False, True])
+@torch.no_grad()
+def test_several_tokens_of_a_row_at_once(
+    batch: int, side: str, static: bool, stacked: list[bool]
+) -> None:
+    """Drafted tokens are checked in one call: decisions, logits and cache of one by one."""
+    model = gated("qwen3", compensation="low_rank")
+    ids, mask, places = padded(batch, 20, side)
+    tail = torch.arange(20) >= 8
+
+    def run(steps: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        cache = (
+            StaticCache(config=model.config, max_cache_len=32)
+            if static
+            else DynamicCache(config=model.config)
+        )
+        parts, at = [], 0
+        with gateskip.trace(model) as trace:
+            for new in (8, *steps):
+                end = at + new
+                out = model(
+                    ids[:, at:end], attention_mask=mask[:, :end], position_ids=places[:, at:end],
+                    cache=cache, use_cache=True,
+                )  # fmt: skip
+                parts.append(out.logits)
+                at = end
+        masks = [torch.cat(each, 1)[:, tail] for each in trace.keep.values()]
+        assert cache.get_seq_length() == 20
+        return torch.cat(parts, 1)[:, tail], masks
+
+    with override(state_of(model), thresholds=medians(model)):
+        one, one_keep = run([1] * 12)
+        stacked.clear()
+        several, several_keep = run([5, 4, 3])
+    assert stacked[-3:] == [True] * 3
+    torch.testing.assert_close(several, one, atol=2e-5, rtol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(several_keep, one_keep, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("budget", [1.0, 0.5])
+@torch.no_grad()
+def test_checked_tokens_are_the_same_to_the_bit(
+    dtype: torch.dtype, batch: int, budget: float, stacked: list[bool]
+) -> None:
+    """So that checking a draft chooses what plain decoding would, near-ties in bfloat16 too."""
+    model = with_table(gated("llama", compensation="low_rank", dtype=dtype))
+    ids = random_ids(batch, 24, seed=3)
+
+    def run(steps: list[int]) -> torch.Tensor:
+        cache, at, parts = DynamicCache(config=model.config), 0, []
+        for new in (9, *steps):
+            out = model(ids[:, at : at + new], cache=cache, use_cache=True)
+            parts.append(out.logits)
+            at += new
+        return torch.cat(parts, 1)[:, 9:]
+
+    with gateskip.budget(model, keep=budget):
+        one = run([1] * 15)
+        stacked.clear()
+        assert torch.equal(run([2, 3, 6, 4]), one)
+    assert stacked == [True] * 4

@@ -19,6 +19,7 @@ __all__ = [
     "ComputeOption",
     "ComputesOption",
     "DataOption",
+    "DraftStoreOption",
     "DtypeOption",
     "GatesArgument",
     "KeepOption",
@@ -30,6 +31,7 @@ __all__ = [
     "load_base",
     "load_gated",
     "one_budget",
+    "stored",
 ]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -39,6 +41,12 @@ GatesArgument = Annotated[
 ]
 DataOption = Annotated[
     Path, typer.Option("--data", metavar="FILE", help="A .jsonl file of rows, or a text file.")
+]
+DraftStoreOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Texts to look drafts up in, such as earlier answers; as for --data."
+    ),
 ]
 BaseOption = Annotated[
     str | None,
@@ -155,3 +163,13 @@ def load_tokenizer(name: str) -> Any:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+
+
+def stored(path: Path | None, tokenizer: Any) -> list[Any]:
+    """The draft that looks up in a file's texts, or nothing."""
+    if path is None:
+        return []
+    from gateskip.data import read_texts
+    from gateskip.decoding import LookupDraft
+
+    return [LookupDraft.of(read_texts(path), tokenizer)]

@@ -21,6 +21,7 @@ from gateskip.cli.info import info
 from gateskip.cli.latency import latency
 from gateskip.cli.sweep import sweep
 from gateskip.cli.train import train
+from gateskip.cli.tune_draft import tune_draft
 from gateskip.errors import GateSkipError
 
 __all__ = ["app", "main"]
@@ -39,6 +40,7 @@ for _name, _command in (
     ("latency", latency),
     ("generate", generate),
     ("generate-data", generate_data),
+    ("tune-draft", tune_draft),
     ("eval", evaluate),
     ("bench", bench),
     ("sweep", sweep),

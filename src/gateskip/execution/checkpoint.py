@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gateskip.config import Budget, GateConfig
 from gateskip.errors import BudgetError, CheckpointError
 from gateskip.execution.api import attach, detach
+from gateskip.execution.top_k_attention import keys_kept, set_top_k_attention
 from gateskip.retrofit.attach import gated_branches, inner_model, is_sharded
 from gateskip.retrofit.checkpoint import read_backbone, read_checkpoint, write_checkpoint
 from gateskip.retrofit.fingerprint import check_fingerprint
@@ -99,6 +100,7 @@ def save(
         "policy": None if state.policy is None else state.policy.to_json(),
         "latency": [dataclasses.asdict(record) for record in state.latency],
         "budget": None if state.default_budget is None else state.default_budget.to_json(),
+        "top_k_attention": keys_kept(model.config),
     }
     write_checkpoint(path, config, tensors, overwrite=overwrite, backbone=backbone)
 
@@ -170,6 +172,7 @@ def load(
     try:
         fill(model, config, tensors, str(folder))
         _tune(model, tuned, backbone, str(folder))
+        set_top_k_attention(model, config.get("top_k_attention"))
     except BaseException:
         detach(model)
         raise

@@ -66,6 +66,10 @@ def layer_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs:
         call.stacked = h is not None
     elif call.stacked:
         h = hidden_states
+    if h is None and call.ungated:
+        plain: Any = type(layer)._gateskip_base  # type: ignore[attr-defined]
+        h = plain.forward(layer, hidden_states, **kwargs)
+        leave_room_to_decode(layer, call, index, hidden_states, kwargs)
     if h is None and call.single and not call.masked:
         h = token_layer(layer, call, index, hidden_states, kwargs)
     if h is None:

@@ -13,22 +13,67 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
-__all__ = ["Memory", "leave_room", "memory_of"]
+__all__ = ["Memory", "leave_room", "memory_of", "realign", "rewind"]
 
 ROOM = 32  # keys that a cache can grow by before it is copied, and a sixteenth of its length
 ROOM_NAME = "_gateskip_room"
 
 
 def memory_of(
-    cache: Any, layers: int, shape: tuple[int, int, int], dtype: torch.dtype
+    cache: Any, layers: int, shape: tuple[int, int, int], dtype: torch.dtype, new: int = 1
 ) -> Memory | None:
-    """The cache's memory with a free place, or None where it is not of a kind that can be shared.
+    """The cache's memory with free places, or None where it is not of a kind that can be shared.
 
     Args:
-        shape: rows, key/value heads, head width.
+        shape: rows, key/value heads, head width. new: places wanted.
     """
-    found: Memory | None = _Growing.of(cache, layers, shape, dtype)
-    return found or _Fixed.of(cache, layers, shape, dtype)
+    found: Memory | None = _Growing.of(cache, layers, shape, dtype, new)
+    return found or _Fixed.of(cache, layers, shape, dtype, new)
+
+
+def rewind(cache: Any, tokens: int, since: int = 0) -> None:
+    """Drop the last tokens of a cache.
+
+    Also to be called with 0 after a call whose tokens stay: caches of windows forget what left it.
+
+    Args:
+        since: tokens that the cache held when the caller began; what came later nobody else has
+            seen, so its places may be written over without a copy.
+    """
+    cache.crop(-tokens)
+    room: _Room | None = vars(cache).get(ROOM_NAME)
+    if room is not None and room.owner == id(cache):
+        length = cache.layers[0].keys.shape[2]
+        if length >= since:
+            room.written = length
+
+
+def realign(cache: Any, right_B: list[int], drop: int, *, shared: bool) -> None:
+    """Move every row by its own number of places, to the right (left where negative), then drop.
+
+    So rows that keep fewer of their last tokens end where the others do. What moves in from
+    outside is of no meaning, and for the mask to hide.
+
+    Args:
+        right_B: places for each row. drop: places that all lose at the right.
+        shared: whether somebody may hold the cache's tensors, so that they have to be copied.
+    """
+    rows = [(row, by) for row, by in enumerate(right_B) if by]
+    for part in cache.layers if rows else ():
+        if shared and type(part) is not StaticLayer:
+            part.keys, part.values = part.keys.clone(), part.values.clone()
+        length = part.get_seq_length() if type(part) is StaticLayer else part.keys.shape[2]
+        for t in (part.keys, part.values):
+            for row, by in rows:
+                _move(t[row, :, : int(length)], by)
+    rewind(cache, drop)
+
+
+def _move(t_KSD: Tensor, right: int) -> None:
+    if right > 0:
+        t_KSD[:, right:] = t_KSD[:, :-right].clone()
+    else:
+        t_KSD[:, :right] = t_KSD[:, -right:].clone()
 
 
 class Memory:
@@ -45,8 +90,8 @@ class Memory:
     length: int
     room: int
 
-    def advance(self) -> None:
-        """Tell the cache that it holds one token more."""
+    def advance(self, new: int = 1) -> None:
+        """Tell the cache that it holds ``new`` tokens more."""
         raise NotImplementedError
 
 
@@ -65,11 +110,11 @@ class _Room:
     owner: int
     written: int
 
-    def serves(self, cache: Any, layers: int, batch: int, length: int) -> bool:
-        """Whether the cache's next key may be written here."""
+    def serves(self, cache: Any, layers: int, batch: int, length: int, new: int) -> bool:
+        """Whether the cache's next keys may be written here."""
         return (
             self.owner == id(cache) and self.written == length and len(self.buffers) == layers
-            and all(b.shape[1] == batch and b.shape[3] > length for b in self.buffers)
+            and all(b.shape[1] == batch and b.shape[3] >= length + new for b in self.buffers)
         )  # fmt: skip
 
 
@@ -108,7 +153,7 @@ def _with_room(part: Any, more: int) -> Tensor:
 
 
 class _Growing(Memory):
-    """A ``DynamicCache`` as views of a buffer per layer, with one free place at least."""
+    """A ``DynamicCache`` as views of a buffer per layer, with free places."""
 
     def __init__(self, held: list[Any], shared: _Room) -> None:
         self.shared, self.held, self.length = shared, held, held[0].keys.shape[2]
@@ -120,7 +165,7 @@ class _Growing(Memory):
 
     @classmethod
     def of(
-        cls, cache: Any, layers: int, shape: tuple[int, int, int], dtype: torch.dtype
+        cls, cache: Any, layers: int, shape: tuple[int, int, int], dtype: torch.dtype, new: int
     ) -> _Growing | None:
         """Views of old buffers, or of new ones with the cache's contents."""
         if not _growing(cache) or not _uniform(cache.layers, layers, DynamicLayer):
@@ -135,7 +180,7 @@ class _Growing(Memory):
         ):
             return None
         shared: _Room | None = vars(cache).get(ROOM_NAME)
-        if shared is not None and shared.serves(cache, layers, batch, length):
+        if shared is not None and shared.serves(cache, layers, batch, length, new):
             memory = cls(held, shared)
             if all(
                 part.keys.data_ptr() == k and part.values.data_ptr() == v
@@ -144,13 +189,13 @@ class _Growing(Memory):
                 return memory
         shared = vars(cache)[ROOM_NAME] = _Room([], id(cache), length)  # the old buffers go
         for part in held:
-            shared.buffers.append(_with_room(part, ROOM + length // 16))
+            shared.buffers.append(_with_room(part, max(ROOM, new) + length // 16))
         return cls(held, shared)
 
-    def advance(self) -> None:
-        self.shared.written = self.length + 1
+    def advance(self, new: int = 1) -> None:
+        self.shared.written = self.length + new
         for part, buffer in zip(self.held, self.shared.buffers, strict=True):
-            part.keys, part.values = buffer[:, :, :, : self.length + 1].unbind()
+            part.keys, part.values = buffer[:, :, :, : self.length + new].unbind()
 
 
 def _growing(cache: Any) -> bool:
@@ -168,9 +213,9 @@ class _Fixed(Memory):
 
     @classmethod
     def of(
-        cls, cache: Any, layers: int, shape: tuple[int, int, int], dtype: torch.dtype
+        cls, cache: Any, layers: int, shape: tuple[int, int, int], dtype: torch.dtype, new: int
     ) -> _Fixed | None:
-        """The cache's tensors, where all are alike and one place is free."""
+        """The cache's tensors, where all are alike and enough places are free."""
         held = cache.layers
         if type(cache) is not StaticCache or not _uniform(held, layers, StaticLayer):
             return None
@@ -183,11 +228,11 @@ class _Fixed(Memory):
         ):  # fmt: skip
             return None
         length = int(held[0].cumulative_length)
-        return cls(held, length) if length < held[0].max_cache_len else None
+        return cls(held, length) if length + new <= held[0].max_cache_len else None
 
-    def advance(self) -> None:
+    def advance(self, new: int = 1) -> None:
         for part in self.held:
-            part.cumulative_length.add_(1)
+            part.cumulative_length.add_(new)
 
 
 def _uniform(held: list[Any], layers: int, kind: Any) -> bool:

@@ -25,6 +25,9 @@ from gateskip.skipping.score import Norm, scaled_vector
 __all__ = ["Plan", "Plans", "all_plans", "layer_plans"]
 
 
+SURE = 100.0  # a gate's logit, whose sigmoid is 1 in float32
+
+
 class _UnfitError(Exception):
     """The modules are not what the kernels stand in for."""
 
@@ -285,6 +288,7 @@ class Plans:
         self.extra: Any = None
         plans = [plan for triple in triples for plan in triple]
         # Checked for every token, so each thing once, and in plain loops.
+        self._ungated: Any = None
         self._gates = _once((id(p.gate), (p.gate, p.generation)) for p in plans)
         self._hooks = _once((id(hooks), hooks) for p in plans for hooks in p.hooks)
         self._members = _once(((id(m[0]), m[1]), m) for p in plans for m in p.members)
@@ -296,6 +300,18 @@ class Plans:
         self.template = np.zeros((len(triples), 3, columns), dtype=np.int64)
         for cells, plan in zip(self.template.reshape(-1, columns), plans, strict=True):
             cells[: len(plan.template)] = plan.template
+
+    def ungated(self) -> Any:
+        """The template with gates that are 1 for every token and channel."""
+        if self._ungated is None:
+            hidden = self.triples[0][0].hidden
+            zeros, much = torch.zeros(hidden), torch.full((1,), SURE)
+            found = self.template.copy()
+            for row in (1, 2):  # attention's output, MLP
+                found[:, row, 12:16] = 0, zeros.data_ptr(), much.data_ptr(), hidden
+                found[:, row, 21] = 1
+            self._ungated = (found, zeros, much)
+        return self._ungated[0]
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copied model makes its own."""

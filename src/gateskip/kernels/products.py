@@ -9,7 +9,7 @@ from numba import njit
 
 from gateskip.kernels.numeric import FAST, element_bytes, f32_at, load, prefetch
 
-__all__ = ["dot", "matrix", "matvec"]
+__all__ = ["dot", "four_dots", "matrix", "matvec"]
 
 _inner: Any = njit(fastmath=FAST, error_model="numpy")
 
@@ -34,7 +34,7 @@ def dot(w, at, x, n):
 
 
 @_inner
-def _four_dots(w, at, step, x, n):
+def four_dots(w, at, step, x, n):
     """Four rows of a weight, ``step`` apart, times a vector: four streams load faster than one."""
     a = b = c = e = np.float32(0.0)
     second, third, fourth = at + step, at + 2 * step, at + 3 * step
@@ -53,7 +53,7 @@ def matvec(w, first, rows, x, n, y, to):
     quarter = rows // 4
     for i in range(quarter):
         y[to + i], y[to + quarter + i], y[to + 2 * quarter + i], y[to + 3 * quarter + i] = (
-            _four_dots(w, (first + i) * n, quarter * n, x, n)
+            four_dots(w, (first + i) * n, quarter * n, x, n)
         )
     for i in range(4 * quarter, rows):
         y[to + i] = dot(w, (first + i) * n, x, n)
@@ -129,12 +129,14 @@ def _four_by_one(w, at, step, x, p, n):
 
 
 @_inner
-def matrix(w, scale, first, rows, x, n, chosen, count, y, stride):
+def matrix(w, scale, first, rows, x, n, chosen, count, y, stride, blocked):
     """y[k, :rows] = rows of a weight from ``first`` on, times the vectors ``x[chosen[k]]``.
 
     Args:
         scale: address of a float32 factor for each of the weight's rows, or 0.
         x: vectors of length n, one after the other. stride: from one result to the next in y.
+        blocked: several vectors at a time. Faster from about eight on, but then a vector's sums
+            depend on how many there are; without it they are those of the vector alone, to the bit.
     """
     quarter = rows // 4
     step = quarter * n
@@ -144,7 +146,7 @@ def matrix(w, scale, first, rows, x, n, chosen, count, y, stride):
             for k in range(4):
                 _fetch(w, at + AHEAD * n + k * step, n)
         k = 0
-        while k + 4 <= count:
+        while blocked and k + 4 <= count:
             p, q, r, s = _four_by_four(
                 w, at, step, x, chosen[k] * n, chosen[k + 1] * n, chosen[k + 2] * n,
                 chosen[k + 3] * n, n,
@@ -154,13 +156,14 @@ def matrix(w, scale, first, rows, x, n, chosen, count, y, stride):
             _put(y, (k + 2) * stride + i, quarter, r)
             _put(y, (k + 3) * stride + i, quarter, s)
             k += 4
-        if k + 2 <= count:
+        if blocked and k + 2 <= count:
             p, q = _four_by_two(w, at, step, x, chosen[k] * n, chosen[k + 1] * n, n)
             _put(y, k * stride + i, quarter, p)
             _put(y, (k + 1) * stride + i, quarter, q)
             k += 2
-        if k < count:
+        while k < count:
             _put(y, k * stride + i, quarter, _four_by_one(w, at, step, x, chosen[k] * n, n))
+            k += 1
     for i in range(4 * quarter, rows):
         for k in range(count):
             total = np.float32(0.0)

@@ -28,9 +28,18 @@ from gateskip.kernels.numeric import (
     team,
 )
 from gateskip.kernels.pool import Kernel, integers
+from gateskip.kernels.products import matrix
 from gateskip.kernels.products import matvec as matvec_rows
 
-__all__ = ["add_rows_", "join_rows", "matvec", "norm_rows", "score_rows", "swiglu_"]
+__all__ = [
+    "add_rows_",
+    "join_rows",
+    "matmul",
+    "matvec",
+    "norm_rows",
+    "score_rows",
+    "swiglu_",
+]
 
 _jit: Any = njit(fastmath=FAST, error_model="numpy", cache=True)
 _kernel: Any = cfunc(ARGUMENTS, cache=True)
@@ -195,7 +204,35 @@ def _product_f32(d):
     _product(d, f32_at(0))
 
 
+@_jit
+def _products(d, kind):
+    # 3 W [R, N], 4 x [M, N], 5 y [M, R], 6 R, 7 N, 8 x and 9 y in float32, 10 M, 11 0 to M − 1
+    thread, threads = team(d)
+    x, y, rows, n, m = like(d[4], kind), like(d[5], kind), d[6], d[7], d[10]
+    begin, end = rows * thread // threads, rows * (thread + 1) // threads
+    wide = f32_at(d[8] + thread * m * n * 4)
+    for i in range(m * n):
+        wide[i] = load(x, i)
+    out = f32_at(d[9])
+    matrix(like(d[3], kind), 0, begin, end - begin, wide, n, i64_at(d[11]), m,
+           f32_at(d[9] + begin * 4), rows, False)  # fmt: skip
+    for k in range(m):
+        for i in range(k * rows + begin, k * rows + end):
+            store(y, i, out[i])
+
+
+@_kernel
+def _products_bf16(d):
+    _products(d, bf16_at(0))
+
+
+@_kernel
+def _products_f32(d):
+    _products(d, f32_at(0))
+
+
 PRODUCT = Kernel(_product_bf16, _product_f32)
+PRODUCTS = Kernel(_products_bf16, _products_f32)
 SWIGLU = Kernel(_swiglu_bf16, _swiglu_f32)
 SCORE = Kernel(_score_bf16, _score_f32)
 NORM = Kernel(_norm_bf16, _norm_f32)
@@ -296,6 +333,23 @@ def matvec(weight_RN: Tensor, x_N: Tensor) -> Tensor:
     )  # fmt: skip
     PRODUCT(x_N.dtype, arguments, work=_work(rows))
     return y_R
+
+
+def matmul(weight_RN: Tensor, x_MN: Tensor) -> Tensor:
+    """x·Wᵀ of a few rows in x's dtype ``[M, R]``, summed in float32; W is read once."""
+    rows, n = weight_RN.shape
+    m = x_MN.shape[0]
+    y_MR = x_MN.new_empty(m, rows)
+    threads = max(torch.get_num_threads(), 1)
+    sizes = threads * m * n, m * rows
+    wide, out = scratch(sum(sizes)).split(sizes)
+    order = np.arange(m, dtype=np.int64)
+    arguments = integers(
+        weight_RN.data_ptr(), x_MN.data_ptr(), y_MR.data_ptr(), rows, n, wide.data_ptr(),
+        out.data_ptr(), m, order.ctypes.data,
+    )  # fmt: skip
+    PRODUCTS(x_MN.dtype, arguments, work=_work(rows))
+    return y_MR
 
 
 def swiglu_(gate_MI: Tensor, up_MI: Tensor) -> Tensor:

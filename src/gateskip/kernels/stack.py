@@ -1,12 +1,13 @@
-"""One new token of every row through all layers (decoding).
+"""A few new tokens of every row through all layers (decoding, and the check of drafted tokens).
 
-Shapes: L layers, B rows, H hidden, I inner width, A query heads, K key/value heads, D head width,
-S cached keys, N rows that a branch keeps.
+Shapes: L layers, B rows of the batch, T new tokens of each, R = B·T tokens, H hidden, I inner
+width, A query heads, K key/value heads, D head width, S cached and new keys, N tokens that a branch
+keeps.
 
-Every weight is read once for all rows that keep its branch, and not at all where nobody does. What
-a branch needs of its rows (decision, norm, gate) is done by a share of the threads for each row,
-the products by a share of the weights' rows. Products and sums are float32; what other code sees
-has the model's dtype.
+Every weight is read once for all tokens that keep its branch, and not at all where none does. What
+a branch needs of its tokens (decision, norm, gate) is done by a share of the threads for each
+token, the products by a share of the weights' rows. A token sees the keys up to its own. Products
+and sums are float32; what other code sees has the model's dtype.
 """
 
 from __future__ import annotations
@@ -45,21 +46,24 @@ _inner: Any = njit(fastmath=FAST, error_model="numpy")
 _kernel: Any = cfunc(ARGUMENTS, cache=True)
 
 CHUNK = 384  # output channels at a time: long streams load faster
+ALONE = 6  # rows of a batch up to which a row's sums do not depend on the others
 
 #: Arguments after the team's addresses, in order. Strides are in elements; pointers are addresses.
 WORDS = (
-    "table", "layers", "columns", "rows",  # [L, 3, columns]: kernels/token.py says what is where
-    "x", "between",  # the stream [B, H] before and after an attention; the result is in x
-    "u", "v", "g",  # float32 [B, H] normed input; [B, H] inner of gate or compensation; [B]
-    "flags", "thresholds", "threshold_stride",  # int64 [L, 2, B]; float64 [L, 2, B or 1]; 1 or 0
-    "q", "scores", "attended", "act",  # float32 [B, A·D], [threads, S], [B, A·D], [B, I]
-    "y", "y_stride", "lists",  # float32 [threads, B·max(D, 2·CHUNK)]; int64 [threads, 2, B]
-    "cos", "sin", "table_stride",  # [B or 1, D]
-    "cache", "row_stride", "head_stride", "key_stride", "place",  # int64 [L, 2] addresses; new key
-    "mask", "mask_stride",  # float32 [B or 1, S] addends, or 0
+    "table", "layers", "columns",  # [L, 3, columns]: kernels/token.py says what is where
+    "rows", "new",  # R and T
+    "x", "between",  # the stream [R, H] before and after an attention; the result is in x
+    "u", "v", "g",  # float32 [R, H] normed input; [R, H] inner of gate or compensation; [R]
+    "flags", "thresholds", "threshold_stride",  # int64 [L, 2, R]; float64 [L, 2, R or 1]; 1 or 0
+    "q", "scores", "attended", "act",  # float32 [R, A·D], [threads, S], [R, A·D], [R, I]
+    "y", "y_stride", "lists",  # float32 [threads, R·max(D, 2·CHUNK)]; int64 [threads, 2, R]
+    "cos", "sin", "table_stride",  # [R or 1, D]
+    "cache", "row_stride", "head_stride", "key_stride",  # int64 [L, 2] addresses
+    "place",  # of the first new key
+    "mask", "mask_stride",  # float32 [R or 1, S] addends, or 0
 )  # fmt: skip
-(TABLE, LAYERS, COLUMNS, ROWS, X, BETWEEN, U, V, G, FLAGS, THRESHOLDS, THRESHOLD_STRIDE, Q, SCORES,
- ATTENDED, ACT, Y, Y_STRIDE, LISTS, COS, SIN, TABLE_STRIDE, CACHE, ROW_STRIDE, HEAD_STRIDE,
+(TABLE, LAYERS, COLUMNS, ROWS, NEW, X, BETWEEN, U, V, G, FLAGS, THRESHOLDS, THRESHOLD_STRIDE, Q,
+ SCORES, ATTENDED, ACT, Y, Y_STRIDE, LISTS, COS, SIN, TABLE_STRIDE, CACHE, ROW_STRIDE, HEAD_STRIDE,
  KEY_STRIDE, PLACE, MASK, MASK_STRIDE) = range(3, 3 + len(WORDS))  # fmt: skip
 
 
@@ -114,6 +118,13 @@ def _kept(d, branch, thread):
 
 
 @_inner
+def _blocked(d):
+    """Not for a few rows: whether a token comes alone or as one of several that are checked, and
+    beside whom, its sums are the same to the bit."""
+    return d[ROWS] // d[NEW] > ALONE
+
+
+@_inner
 def _join(d, c, kind, weight, source, target, w, bias, scale, x, n, branch, thread, threads):
     """target = source + g ⊙ (W·x + bias), or the compensation; this thread's share of channels."""
     hidden, rows, width, rank = c[20], d[ROWS], c[15], c[19]
@@ -124,7 +135,7 @@ def _join(d, c, kind, weight, source, target, w, bias, scale, x, n, branch, thre
     begin, end = hidden * thread // threads, hidden * (thread + 1) // threads
     for first in range(begin, end if count else begin, CHUNK):
         wide = min(CHUNK, end - first)
-        matrix(like(w, weight), scale, first, wide, x, n, chosen, count, y, CHUNK)
+        matrix(like(w, weight), scale, first, wide, x, n, chosen, count, y, CHUNK, _blocked(d))
         for k in range(count):
             row = chosen[k]
             base = row * hidden + first
@@ -162,7 +173,7 @@ def _head(d, kind, weight, w, bias, scale, head, c, chosen, count, gamma, turned
     hidden, width, eps = c[20], c[29], np.float32(double_of(c[34]))
     first = head * width
     matrix(like(w, weight), scale, first, width, f32_at(d[U]), hidden, chosen, count, f32_at(at),
-           width)  # fmt: skip
+           width, _blocked(d))  # fmt: skip
     for k in range(count):
         table = chosen[k] * d[TABLE_STRIDE] * element_bytes(kind)
         turn_head(kind, f32_at(at + k * width * 4), bias, first, width, gamma, eps,
@@ -199,7 +210,9 @@ def _project(d, c, kind, weight, layer, thread, threads):
                 _head(d, kind, weight, w, bias, scale, head, c, everyone, rows, gamma, which == 0,
                       at)  # fmt: skip
                 for row in range(rows):
-                    to = row * d[ROW_STRIDE] + head * d[HEAD_STRIDE] + d[PLACE] * d[KEY_STRIDE]
+                    place = d[PLACE] + row % d[NEW]
+                    to = row // d[NEW] * d[ROW_STRIDE]
+                    to += head * d[HEAD_STRIDE] + place * d[KEY_STRIDE]
                     for i in range(width):
                         store(out, to + i, y[row * width + i])
             cost += rows
@@ -208,14 +221,16 @@ def _project(d, c, kind, weight, layer, thread, threads):
 @_inner
 def _attend(d, c, kind, layer, thread, threads):
     """Attention of kept rows: this thread's share of their heads."""
-    heads, group, width, keys = c[26], c[27], c[28], d[PLACE] + 1
+    heads, group, width = c[26], c[27], c[28]
     chosen, count = _kept(d, 2 * layer, thread)
     scale, size = np.float32(double_of(c[33])), element_bytes(kind)
-    cache, scores = i64_at(d[CACHE]), f32_at(d[SCORES] + thread * keys * 4)
+    cache = i64_at(d[CACHE])
+    scores = f32_at(d[SCORES] + thread * (d[PLACE] + d[NEW]) * 4)
     units = count * heads
     for unit in range(units * thread // threads, units * (thread + 1) // threads):
         row, head = chosen[unit // heads], unit % heads
-        offset = (row * d[ROW_STRIDE] + head // group * d[HEAD_STRIDE]) * size
+        keys = d[PLACE] + row % d[NEW] + 1
+        offset = (row // d[NEW] * d[ROW_STRIDE] + head // group * d[HEAD_STRIDE]) * size
         at = (row * heads + head) * width * 4
         mask = d[MASK] + row * d[MASK_STRIDE] * 4 if d[MASK] != 0 else 0
         attend_head(kind, f32_at(d[Q] + at), like(cache[2 * layer] + offset, kind),
@@ -233,8 +248,10 @@ def _inside(d, c, kind, weight, branch, thread, threads):
     y, z, u, act = f32_at(at), f32_at(at + rows * CHUNK * 4), f32_at(d[U]), f32_at(d[ACT])
     for first in range(begin, end if count else begin, CHUNK):
         wide = min(CHUNK, end - first)
-        matrix(like(c[22], weight), c[27], first, wide, u, hidden, chosen, count, y, CHUNK)
-        matrix(like(c[23], weight), c[28], first, wide, u, hidden, chosen, count, z, CHUNK)
+        matrix(like(c[22], weight), c[27], first, wide, u, hidden, chosen, count, y, CHUNK,
+               _blocked(d))  # fmt: skip
+        matrix(like(c[23], weight), c[28], first, wide, u, hidden, chosen, count, z, CHUNK,
+               _blocked(d))  # fmt: skip
         for k in range(count):
             to = chosen[k] * inner + first
             for i in range(wide):

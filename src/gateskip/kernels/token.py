@@ -33,6 +33,7 @@ from gateskip.kernels.numeric import (
 )
 from gateskip.kernels.pool import Kernel
 from gateskip.kernels.products import dot as _dot
+from gateskip.kernels.products import four_dots
 from gateskip.kernels.products import matvec as _matvec
 
 __all__ = ["ATTEND", "MLP", "PROJECT", "attend_head", "turn_head"]
@@ -244,13 +245,14 @@ def _project_f32(d):
 @_inner
 def attend_head(kind, q, key, value, keys, width, stride_k, stride_v, scale, mask, s, y):
     """Attention of one query head over its keys, in float32."""
+    fours = keys // 4 * 4  # four keys at a time: what is loaded of q and y serves all of them
+    for j in range(0, fours, 4):
+        s[j], s[j + 1], s[j + 2], s[j + 3] = four_dots(key, j * stride_k, stride_k, q, width)
+    for j in range(fours, keys):
+        s[j] = _dot(key, j * stride_k, q, width)
     top = np.float32(-3.0e38)
     for j in range(keys):
-        x = np.float32(0.0)
-        at = j * stride_k
-        for i in range(width):
-            x += load(key, at + i) * q[i]
-        x *= scale
+        x = s[j] * scale
         if mask != 0:
             x += f32_at(mask)[j]
         s[j] = x
@@ -262,7 +264,14 @@ def attend_head(kind, q, key, value, keys, width, stride_k, stride_v, scale, mas
         total += e
     for i in range(width):
         y[i] = np.float32(0.0)
-    for j in range(keys):
+    for j in range(0, fours, 4):
+        a, b, c, e, at = s[j], s[j + 1], s[j + 2], s[j + 3], j * stride_v
+        for i in range(width):
+            y[i] += (
+                a * load(value, at + i) + b * load(value, at + stride_v + i)
+                + c * load(value, at + 2 * stride_v + i) + e * load(value, at + 3 * stride_v + i)
+            )  # fmt: skip
+    for j in range(fours, keys):
         p, at = s[j], j * stride_v
         for i in range(width):
             y[i] += p * load(value, at + i)

@@ -62,8 +62,9 @@ class Call:
         self.state = state
         self.batch, self.new, self.past = batch, new, past
         self.device, self.alike = device, alike
-        thresholds = over.thresholds
-        if thresholds is None:
+        self.ungated = over.ungated
+        thresholds = None if over.ungated else over.thresholds
+        if thresholds is None and not over.ungated:
             budget = effective_budget(state)
             thresholds = state.resolve(budget)
             if thresholds is not None and isinstance(budget, RowBudgets):
@@ -88,13 +89,15 @@ class Call:
         self.kv: dict[int, tuple[Tensor, Tensor]] = {}
         self.masks: dict[Any, Any] = {}
         self.layers: list[nn.Module] = []
+        #: Keys that attention keeps of every query; None: all.
+        self.top_k: int | None = None
         self.stacked = False
         self._valid_N: Tensor | None = None
         self.ids_BT = input_ids
         #: Places that a mask of attention, made for a cache of fixed size, no longer tells.
         self.places_BT: Tensor | None = None
-        made = isinstance(attention_mask, dict) or getattr(attention_mask, "ndim", 2) == 4
-        if over.generating and made and position_ids is not None:
+        self.made_mask = isinstance(attention_mask, dict) or getattr(attention_mask, "ndim", 2) == 4
+        if over.generating and self.made_mask and position_ids is not None:
             self.places_BT = position_ids.expand(batch, -1) + 1
         self.mask_2d = _two_dimensional(attention_mask, batch, past + new, over.generating)
         self.valid_BT, self.protected_BT = self._tokens(position_ids, input_ids)

@@ -31,6 +31,7 @@ class CallRecord:
         valid_BT: real tokens. keys_BT: visible keys per token.
         decided: whether scores were computed. costs: branch costs at the time.
         kv_bytes: bytes of one cached token (K and V) of one layer.
+        top_k: keys whose values a query reads; None: all.
     """
 
     keep: dict[BranchKey, Tensor]
@@ -43,6 +44,7 @@ class CallRecord:
     weight_bytes: int
     kv_bytes: int
     asked: dict[BranchKey, tuple[Tensor, int]] = dataclasses.field(default_factory=dict)
+    top_k: int | None = None
 
     @classmethod
     def of(cls, call: Call) -> CallRecord:
@@ -50,6 +52,9 @@ class CallRecord:
         everyone = call.everyone()
         shape = call.state.shape
         costs = call.state.costs(alike=call.alike)
+        if call.ungated:
+            costs = {k: dataclasses.replace(c, kept_gate=0, gate_weights=0)
+                     for k, c in costs.items()}  # fmt: skip
         where = call.device  # of the last layers
         keep = {key: call.keep.get(key, everyone).to(where) for key in call.state.branches}
         full = torch.full((call.batch,), call.new, device=where)
@@ -65,7 +70,14 @@ class CallRecord:
             weight_bytes=shape.weight_bytes,
             kv_bytes=2 * shape.kv_heads * shape.head_dim * shape.weight_bytes,
             asked=_asked(call, everyone),
+            top_k=call.top_k,
         )
+
+    def read(self, keys: Tensor) -> Tensor:
+        """Visible keys as pairs of a key and a value that are read."""
+        if self.top_k is None:
+            return keys
+        return (keys + keys.clamp(max=self.top_k)).double() / 2
 
     def without_padding(self) -> CallRecord:
         """The same call as if every kept token had been computed alone: a policy's cost, which
@@ -105,7 +117,7 @@ def macs_of(record: CallRecord) -> tuple[Tensor, Tensor]:
         rows = record.computed[branch].double()
         dense += cost.computed * n_valid + cost.per_key * all_keys
         n_skipped = _sum(valid & ~keep)
-        spent += cost.computed * rows + cost.per_key * _sum(keys * keep)
+        spent += cost.computed * rows + cost.per_key * _sum(record.read(keys) * keep)
         spent += cost.kept_gate * rows + cost.skipped * n_skipped
         # Shared by the batch rows, whose tokens were rounded up together.
         added = record.padding.get(branch, 0) / rows.shape[0]
@@ -122,6 +134,7 @@ def bytes_of(record: CallRecord) -> tuple[float, float]:
     dense = spent = 0.0
     valid, keys = record.valid_BT, record.keys_BT
     longest = (keys * valid).amax(-1).double()
+    seen = record.read(longest)
     for branch, cost in record.costs.items():
         keep = record.keep.get(branch, valid)
         weights = cost.weights * record.weight_bytes
@@ -129,7 +142,7 @@ def bytes_of(record: CallRecord) -> tuple[float, float]:
         dense += weights + cached * float(longest.sum())
         kept_rows = record.computed[branch] > 0
         if bool(kept_rows.any()):
-            spent += weights + 4 * cost.gate_weights + cached * float(longest[kept_rows].sum())
+            spent += weights + 4 * cost.gate_weights + cached * float(seen[kept_rows].sum())
         if bool((valid & ~keep).any()):
             spent += cost.skipped_weights * record.weight_bytes
             if not bool(kept_rows.any()):

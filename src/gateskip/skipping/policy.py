@@ -171,6 +171,10 @@ class ThresholdTable:
         points = sorted(zip(record.keep, shares, strict=True))
         return [_interpolate(points, keep) for keep in self.keep]
 
+    def compute_at(self, keep: float) -> float:
+        """Share of the dense MACs that was spent where ``keep`` was kept, by calibration."""
+        return _interpolate(sorted(zip(self.keep, self.compute, strict=True)), keep)
+
     def _need_shares(self, what: str) -> None:
         if not self.shares:
             raise BudgetError(

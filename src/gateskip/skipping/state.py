@@ -161,6 +161,7 @@ class Override:
         objective: receives every gate and its input (training), as ``branch(key, gate, u, call)``.
         generating: within ``generate``, whose ready-made masks are causality and padding.
         controller: moves thresholds so that a budget is held (BudgetController).
+        ungated: every layer runs as the dense model's, whatever the budget.
     """
 
     budget: Budget | RowBudgets | None = None
@@ -173,6 +174,7 @@ class Override:
     objective: Any = None
     generating: bool = False
     controller: Any = None
+    ungated: bool = False
 
 
 _OVERRIDES: contextvars.ContextVar[Mapping[GateSkipState, Override]] = contextvars.ContextVar(
