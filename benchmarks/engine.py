@@ -77,7 +77,7 @@ def cells(options: argparse.Namespace) -> list[tuple[int, int, str]]:
 def windows(texts: list[Any], tokenizer: Any, batch: int, length: int) -> torch.Tensor:
     """``[V, B, T]`` of text; where there is too little of it, rows begin at other places of it."""
     flat = text_windows(texts, tokenizer, (1, length), 10_000).flatten()
-    count = 5 if batch * length <= 4096 else 2
+    count = 5 if batch * length <= 4096 else 2 if batch * length <= 16384 else 1
     starts = torch.arange(count * batch) * (max(flat.shape[0] - length, 1) // (count * batch))
     rows = [flat[start : start + length] for start in starts.tolist()]
     return torch.stack(rows).view(count, batch, length)

@@ -176,7 +176,6 @@ def row_of(
     ours = found["agreement"]
     # Chance's curve of one prompt, over its rates and seeds: mean over prompts of MACs, as ours.
     curve = [(statistics.mean(arm["macs"]), arm["agreement"]) for arm in [*ends, *chance]]
-    curve.append((1.0, [1.0] * prompts))
     levels = grouped(curve, seeds)
     theirs = [between([(m, agreed[p]) for m, agreed in levels], macs) for p in range(prompts)]
     row: dict[str, Any] = {
@@ -194,14 +193,14 @@ def row_of(
 
 
 def grouped(curve: list[tuple[float, list[float]]], seeds: int) -> list[tuple[float, list[float]]]:
-    """Means over the seeds of each rate; the first and the last point stand alone."""
-    first, *middle, last = curve
+    """Means over the seeds of each rate; the first point, all cheap, stands alone."""
+    first, *middle = curve
     levels = [first]
     for at in range(0, len(middle), seeds):
         part = middle[at : at + seeds]
         agreed = [statistics.mean(each) for each in zip(*(a for _, a in part), strict=True)]
         levels.append((statistics.mean(m for m, _ in part), agreed))
-    return [*levels, last]
+    return levels
 
 
 if __name__ == "__main__":

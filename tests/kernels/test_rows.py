@@ -153,3 +153,15 @@ def test_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         assert kernels.backend() == "torch"
         with pytest.raises(ConfigError, match="gateskip\\[cpu\\]"), kernels.using("numba"):
             pass
+
+
+@dtypes
+@pytest.mark.parametrize("outputs", [64, 1001])
+@torch.no_grad()
+def test_a_few_rows_at_once_are_each_alone(dtype: torch.dtype, outputs: int) -> None:
+    weight, x = normal(outputs, 96, dtype=dtype), normal(5, 96, dtype=dtype, seed=1)
+    found = rows.matmul(weight, x)
+    close(found, functional.linear(x.float(), weight.float()), dtype)
+    for row in range(5):
+        assert torch.equal(rows.matvec(weight, x[row]), found[row]), "to the bit"
+        assert torch.equal(rows.matmul(weight, x[row : row + 1])[0], found[row])

@@ -1,4 +1,4 @@
-"""The LM head for a few positions: its weights are read once, at the memory's speed."""
+"""The LM head for a few decoded positions: its weights are read once, at the memory's speed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gateskip import kernels
+from gateskip.execution.stack import LAST
 
 __all__ = ["head_forward"]
 
@@ -19,9 +20,12 @@ def head_forward(head: nn.Linear, input: Tensor) -> Tensor:
     """``forward`` of a gated model's LM head; same signature and result as ``nn.Linear``'s."""
     weight_VH = head.weight.detach()
     count = input.numel() // head.in_features
-    alone = input.dim() == 3 and input.shape[0] <= ROWS
+    most = 1  # of a prefill: several positions get PyTorch's products, as without gates
+    if LAST.stacked:
+        alone = input.dim() == 3 and input.shape[0] <= ROWS
+        most = MOST if alone else FEW.get(input.dtype, 0)
     if (
-        0 < count <= (MOST if alone else FEW.get(input.dtype, 0))
+        0 < count <= most
         and head.bias is None
         and input.dtype == weight_VH.dtype
         and kernels.supported(input)

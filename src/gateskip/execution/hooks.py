@@ -15,6 +15,7 @@ from gateskip.errors import BudgetError, UnsupportedError
 from gateskip.execution.head import head_forward
 from gateskip.execution.inputs import CACHE_NAMES
 from gateskip.execution.layer import layer_forward
+from gateskip.execution.stack import LAST
 from gateskip.execution.top_k_attention import TOP_K_ATTENTION, keys_kept
 from gateskip.gates import Gate
 from gateskip.retrofit.attach import Wiring
@@ -98,6 +99,7 @@ def decoder_hook(
     )
     if over.controller is not None and over.thresholds is None and call.forced is None:
         call.held = over.controller.begin(call, effective_budget(state), cache)
+    LAST.stacked = False
     call.layers = list(getattr(decoder, state.family.layers))
     call.top_k = keys_kept(decoder.config)
     return (), kwargs | {"gateskip_call": call}

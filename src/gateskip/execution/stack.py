@@ -10,6 +10,7 @@ of a buffer with room to grow. Where anything is not as expected, layers run one
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,16 @@ from gateskip.retrofit.listeners import listened
 from gateskip.skipping.call import Call
 from gateskip.skipping.policy import OFF
 
-__all__ = ["leave_room_to_decode", "takes_stack", "token_stack"]
+__all__ = ["LAST", "leave_room_to_decode", "takes_stack", "token_stack"]
 
+
+class _Last(threading.local):
+    """Whether the thread's last call of a decoder ran here, for the LM head that follows it."""
+
+    stacked = False
+
+
+LAST = _Last()
 ROWS = 32  # tokens; with more, products of matrices are faster than these kernels
 
 
@@ -38,7 +47,8 @@ def takes_stack(call: Call) -> bool:
         few = call.batch * call.new <= ROWS and (call.new == 1 or call.past > 0)
     else:
         few = call.device.type == "cuda" and call.new == 1 and call.batch <= ROWS
-    return few and call.valid_BT is None and not call.masked
+    scanned = call.held is not None and call.new > 1  # thresholds move from token to token
+    return few and call.valid_BT is None and not (call.masked or scanned)
 
 
 def token_stack(layers: list[nn.Module], call: Call, h_BTH: Tensor, kwargs: Any) -> Tensor | None:
@@ -158,6 +168,7 @@ def _run(table: Plans, call: Call, h_BTH: Tensor, kwargs: Any, memory: Memory) -
     kernel = STACK_I8 if table.quantised else STACK
     kernel(h_BTH.dtype, integers(*(given[word] for word in WORDS)), work=table.inner)
     memory.advance(new)
+    LAST.stacked = True
     if call.recorder is None and call.held is None:
         return x  # nobody asks
     kept = torch.from_numpy(flags)
