@@ -8,8 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    StaticCache,
+)
 from transformers.generation.streamers import BaseStreamer
 
 import gateskip
@@ -334,12 +345,10 @@ def test_a_lookup_learns_how_far_to_trust_its_matches() -> None:
     index.extend([5, 6, 7, 8, 9, 5, 6, 7])
     assert len(draft.follow(index, 8, 0.2)) > 1
     for _ in range(40):
-        draft._matches = [[3, 3]]
-        draft.told([0])
+        draft.count([3, 3], 0)
     assert draft.follow(index, 8, 0.2) == []
     for _ in range(200):
-        draft._matches = [[3, 3]]
-        draft.told([2])
+        draft.count([3, 3], 2)
     assert len(draft.follow(index, 8, 0.2)) == 8
 
 
@@ -466,10 +475,9 @@ def test_static_cache_of_the_callers(model: Any) -> None:
     assert torch.equal(drafted(model, ids, cache=cache), plain(model, ids))
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_a_fork_of_the_prompts_cache_is_left_alone(model: Any, batch: int) -> None:
-    """``copy.copy`` shares tensors: neither drafts nor moved rows may reach them."""
-    ids = random_ids(batch, 9)
+def test_a_fork_of_the_prompts_cache_is_left_alone(model: Any) -> None:
+    """``copy.copy`` shares tensors: drafts may not reach them."""
+    ids = random_ids(1, 9)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(ids[:, :8], cache=cache, use_cache=True)
@@ -477,10 +485,113 @@ def test_a_fork_of_the_prompts_cache_is_left_alone(model: Any, batch: int) -> No
     fork = copy.copy(cache)
     fork.layers = [copy.copy(layer) for layer in cache.layers]
     before = [layer.keys.clone() for layer in fork.layers]
-    text = torch.cat([ids, random_ids(batch, 2, seed=4)], 1)
+    text = torch.cat([ids, random_ids(1, 2, seed=4)], 1)
     for draft in ("budget", "exit"):
         used = copy.copy(fork)
         used.layers = [copy.copy(layer) for layer in fork.layers]
         wanted = plain(model, text)
         assert torch.equal(drafted(model, text, cache=used, draft_policy=DRAFTS[draft]), wanted)
         assert all(torch.equal(a.keys, b) for a, b in zip(fork.layers, before, strict=True))
+
+
+@pytest.mark.parametrize("new", [4, 20])
+def test_a_window_that_the_cache_does_not_know(new: int) -> None:
+    """A bare ``DynamicCache`` keeps all keys of layers that look through a window."""
+    model = with_table(gated("mistral_window"))
+    model.generation_config.eos_token_id = None
+    ids = random_ids(1, 14)
+    wanted = plain(model, ids, max_new_tokens=new)
+    for generate in (plain, drafted):
+        found = generate(model, ids, cache=DynamicCache(), max_new_tokens=new)
+        assert torch.equal(found, wanted)
+
+
+def test_windows_of_fixed_size_that_never_fill() -> None:
+    model = with_table(gated("gemma3_text"))
+    model.config.sliding_window = 64
+    model.generation_config.eos_token_id = None
+    ids, mask, _ = padded(3, 9, "left")
+    wanted = plain(model, ids, mask)
+    for draft in (None, nonsense, "lookup"):
+        found = drafted(
+            model, ids, mask, cache_implementation="static", draft_policy=draft, draft_tokens=3
+        )
+        assert torch.equal(found, wanted)
+
+
+def test_positions_end_where_the_model_does() -> None:
+    model = with_table(gated("gpt2"))
+    model.generation_config.eos_token_id = None
+    ids, mask, _ = padded(3, 240, "left")
+    longest: dict[str, Any] = {"max_new_tokens": None, "max_length": 256}
+    wanted = plain(model, ids, mask, **longest)
+    assert wanted.shape[1] == 256
+    assert torch.equal(drafted(model, ids, mask, draft_tokens=6, **longest), wanted)
+
+
+def test_penalties_with_padding(model: Any) -> None:
+    ids, mask, _ = padded(3, 9, "left")
+    for options in ({"repetition_penalty": 1.4}, {"encoder_repetition_penalty": 1.3}):
+        wanted = plain(model, ids, mask, **options)
+        for draft in ("budget", "nonsense"):
+            found = drafted(model, ids, mask, draft_policy=DRAFTS[draft], **options)
+            assert torch.equal(found, wanted)
+
+
+def test_a_shorter_limit_of_the_callers(model: Any) -> None:
+    from transformers import MaxLengthCriteria
+
+    ids = random_ids(1, 9)
+    wanted = plain(model, ids, stopping_criteria=[MaxLengthCriteria(20)], max_new_tokens=NEW)
+    found = drafted(model, ids, stopping_criteria=[MaxLengthCriteria(20)], max_new_tokens=NEW)
+    assert torch.equal(found, wanted)
+
+
+def test_what_is_refused(model: Any) -> None:
+    ids = random_ids(2, 9)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, cache=cache, use_cache=True)
+    longer = torch.cat([ids, random_ids(2, 3)], 1)
+    with pytest.raises(UnsupportedError, match="cache= with 2 rows"):
+        drafted(model, longer, cache=cache)
+    cache.batch_select_indices(torch.tensor([0]))
+    with pytest.raises(UnsupportedError, match="give all ids"):
+        drafted(model, longer[:1, 9:], torch.ones(1, 12, dtype=torch.long), cache=cache)
+    with pytest.raises(UnsupportedError, match="gateskip_budget"):
+        drafted(model, ids, target="dense", gateskip_budget={"keep": 0.5})
+    with pytest.raises(UnsupportedError, match="negative_prompt_ids"):
+        drafted(model, ids, negative_prompt_ids=ids, guidance_scale=1.5)
+    with pytest.raises(ConfigError, match="stop_strings"):
+        drafted(model, ids, stop_strings="x")
+    with pytest.raises(BudgetError, match="2 rows"):
+        drafted(model, random_ids(4, 9), target={"keep": [0.5, 1.0]})
+    model.generation_config.num_beams = 3
+    try:
+        with pytest.raises(UnsupportedError, match="num_beams=3"):
+            drafted(model, ids, generation_config=GenerationConfig(max_new_tokens=4))
+    finally:
+        model.generation_config.num_beams = None
+
+
+def test_moved_rows_give_no_cache_back(model: Any) -> None:
+    for rows, given in ((1, True), (3, False)):
+        out = drafted(model, random_ids(rows, 9), return_dict_in_generate=True, draft_tokens=3)
+        assert (out.cache is not None) == given
+        if given:
+            assert out.cache.get_seq_length() == out.sequences.shape[1] - 1
+
+
+def test_stop_strings(model: Any) -> None:
+    letters = {chr(n): n for n in range(33, 127)}
+    split = Tokenizer(BPE(letters, []))
+    split.pre_tokenizer, split.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=split, pad_token="~")
+    ids = random_ids(1, 9)
+    stop = next(chr(t) for t in plain(model, ids)[0, 9 + 4 :].tolist() if t in letters.values())
+    wanted = plain(model, ids, stop_strings=[stop], tokenizer=tokenizer)
+    assert wanted.shape[1] < 9 + NEW
+    for draft in ("dense", "budget"):
+        found = drafted(model, ids, stop_strings=[stop], tokenizer=tokenizer, draft_tokens=5,
+                        draft_policy=DRAFTS[draft])  # fmt: skip
+        assert torch.equal(found, wanted)

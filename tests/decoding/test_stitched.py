@@ -158,3 +158,10 @@ def test_bad_arguments(model: Any) -> None:
     windowed.generation_config.eos_token_id = None
     with pytest.raises(UnsupportedError, match="windows"):
         stitched(windowed, random_ids(1, 9), 0.5, refresh=True, prompt="cheap")
+
+
+def test_a_padded_row_is_refreshed_without_its_padding(model: Any) -> None:
+    ids, mask, _ = padded(2, 11, "left")
+    options: dict[str, Any] = {"prompt": "cheap", "refresh": True}
+    found = stitched(model, ids[1:], 0.91, mask[1:], **options)
+    assert torch.equal(found[:, 2:], stitched(model, ids[1:, 2:], 0.91, **options))

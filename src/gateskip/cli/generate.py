@@ -40,11 +40,14 @@ def generate(
         bool, typer.Option("--speculative", help="Draft cheaply and check: the same tokens.")
     ] = False,
     draft: Annotated[
-        str, typer.Option(help="A share kept, 'lookup', 'dense', or 'exit:N', the first N layers.")
-    ] = "0.5",
+        str | None,
+        typer.Option(
+            help="A share kept (0.5), 'lookup', 'dense', or 'exit:N', the first N layers."
+        ),
+    ] = None,
     draft_tokens: Annotated[
-        str, typer.Option(help="Tokens drafted before a check, or 'auto'.")
-    ] = "auto",
+        str | None, typer.Option(help="Tokens drafted before a check, or 'auto' (if left out).")
+    ] = None,
     draft_store: DraftStoreOption = None,
     chat: Annotated[
         bool | None,
@@ -59,7 +62,10 @@ def generate(
     """Continue a prompt greedily at a budget; without one, at the budget that was saved."""
     budget = one_budget(keep, compute, latency, workload)
     check_json(json)
-    drafting = draft_options(draft, draft_tokens) if speculative else None
+    for option, value in (("--draft", draft), ("--draft-tokens", draft_tokens)):
+        if value is not None and not speculative:
+            raise ConfigError(f"{option} {value}: give --speculative with it.")
+    drafting = draft_options(draft or "0.5", draft_tokens or "auto") if speculative else None
     if draft_store is not None and (drafting is None or draft != "lookup"):
         raise ConfigError(
             f"--draft-store {draft_store}: give --speculative --draft lookup with it."
@@ -113,6 +119,7 @@ def generate(
 def draft_options(draft: str, draft_tokens: str) -> dict[str, Any]:
     """``generate_speculative``'s arguments from the command line's. Raises ConfigError."""
     from gateskip.decoding import ExitLayer
+    from gateskip.decoding.length import length_of
 
     policy: Any = draft
     if draft.startswith("exit:") and draft[5:].isdigit():
@@ -125,6 +132,7 @@ def draft_options(draft: str, draft_tokens: str) -> dict[str, Any]:
                 f"--draft {draft!r} must be a share kept, lookup, dense, or exit:N."
             ) from None
     tokens = int(draft_tokens) if draft_tokens.isdigit() else draft_tokens
+    length_of(tokens)
     return {"draft_policy": policy, "draft_tokens": tokens}
 
 

@@ -58,7 +58,7 @@ class Drafter(Protocol):
             least: chance of being taken below which a token is not worth its check; 0: all are.
         """
 
-    def told(self, accepted: list[int]) -> None:
+    def told(self, rows: Sequences, accepted: list[int]) -> None:
         """How many of each row's last drafted tokens were right."""
 
     def cost(self, rows: Sequences) -> float:
@@ -89,7 +89,7 @@ class PolicyDraft:
         stats.draft_calls += count
         return Draft(torch.cat(tokens, 1), [count] * rows.batch, torch.cat(q, 1) if q else None)
 
-    def told(self, accepted: list[int]) -> None:
+    def told(self, rows: Sequences, accepted: list[int]) -> None:
         """Does not matter."""
 
     def cost(self, rows: Sequences) -> float:
@@ -106,7 +106,7 @@ def _later(rows: Sequences, logits_B1V: Tensor, drafted_BK: Tensor | None) -> Te
     out = torch.empty_like(logits_B1V)
     for row in range(rows.batch):
         seen = torch.cat([rows.row(row), drafted_BK[row : row + 1]], 1)
-        out[row] = rows.processors(seen, logits_B1V[row].clone())
+        out[row] = rows.of_row(row)(seen, logits_B1V[row].clone())
     return out
 
 
@@ -127,11 +127,10 @@ class LookupDraft:
         if not 1 <= shortest <= longest:
             raise ConfigError(f"shortest={shortest!r} must be at least 1 and at most {longest!r}.")
         self.longest, self.shortest, self.store = longest, shortest, store
-        self._known: weakref.ref[Sequences] | None = None
-        self._rows: list[_RowIndex] = []
+        self._known: weakref.WeakKeyDictionary[Sequences, list[_RowIndex]]
+        self._known = weakref.WeakKeyDictionary()
         #: (right, tried) by length of the match; before anything is seen, longer ones are better.
         self.rates = {n: (n / (n + 2), 1.0) for n in range(shortest, longest + 1)}
-        self._matches: list[list[int]] = []
 
     @classmethod
     def of(cls, data: Any, tokenizer: Any = None, **options: Any) -> Self:
@@ -141,24 +140,26 @@ class LookupDraft:
         return found
 
     def propose(self, rows: Sequences, count: int, stats: DecodingStats, least: float) -> Draft:
-        if self._known is None or self._known() is not rows:
-            self._known = weakref.ref(rows)
-            self._rows = [_RowIndex(self.longest, self.shortest) for _ in range(rows.batch)]
+        if rows not in self._known:
+            self._known[rows] = [_RowIndex(self.longest, self.shortest) for _ in range(rows.batch)]
         found = []
-        self._matches = []
-        for row, index in enumerate(self._rows):
+        for row, index in enumerate(self._known[rows]):
             index.extend(rows.row(row)[0, len(index.ids) :].tolist())
             pairs = [] if rows.done[row] else self.follow(index, count, least)
             found.append([token for token, _ in pairs])
-            self._matches.append([n for _, n in pairs])
+            index.matches = [n for _, n in pairs]
         return _filled(found, rows)
 
-    def told(self, accepted: list[int]) -> None:
+    def told(self, rows: Sequences, accepted: list[int]) -> None:
         """Count by length of the match; tokens after the first wrong one say nothing."""
-        for matches, right in zip(self._matches, accepted, strict=True):
-            for at, n in enumerate(matches[: right + 1]):
-                a, b = self.rates[n]
-                self.rates[n] = MEMORY * a + (at < right), MEMORY * b + 1.0
+        for index, right in zip(self._known[rows], accepted, strict=True):
+            self.count(index.matches, right)
+
+    def count(self, matches: list[int], right: int) -> None:
+        """Note that the first ``right`` of drafted tokens were right, by their matches' lengths."""
+        for at, n in enumerate(matches[: right + 1]):
+            a, b = self.rates[n]
+            self.rates[n] = MEMORY * a + (at < right), MEMORY * b + 1.0
 
     def follow(self, index: _RowIndex, count: int, least: float = 0.0) -> list[tuple[int, int]]:
         """(token, length of its match) after a row's last ones, looked up with those before it."""
@@ -200,6 +201,7 @@ class _RowIndex:
     def __init__(self, longest: int, shortest: int) -> None:
         self.longest, self.shortest = longest, shortest
         self.ids: list[int] = []
+        self.matches: list[int] = []
         self.after: dict[tuple[int, ...], int] = {}
 
     def extend(self, more: list[int]) -> None:
@@ -228,7 +230,7 @@ class FunctionDraft:
     def __init__(self, function: Callable[[Tensor, int], Sequence[int]]) -> None:
         self.function = function
 
-    def told(self, accepted: list[int]) -> None:
+    def told(self, rows: Sequences, accepted: list[int]) -> None:
         """Does not matter."""
 
     def propose(self, rows: Sequences, count: int, stats: DecodingStats, least: float) -> Draft:

@@ -12,9 +12,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import StoppingCriteriaList
+from transformers import StoppingCriteriaList, StopStringCriteria
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import (
+    EncoderNoRepeatNGramLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -27,6 +30,10 @@ from gateskip.retrofit.attach import inner_model
 from gateskip.skipping.state import current, state_of
 
 __all__ = ["Decoder", "Step", "run"]
+
+#: Processors with a state that follows plain decoding, token by token, or row by row.
+ONE_BY_ONE = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
+ROW_BY_ROW = (PrefixConstrainedLogitsProcessor, EncoderNoRepeatNGramLogitsProcessor)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,6 +58,12 @@ class Decoder(Protocol):
     """
 
     prompt: Policy
+    #: Whether rows take their own number of tokens from a step; whether the current budget counts.
+    ragged: bool
+    budgeted: bool
+
+    def check(self, batch: int) -> None:
+        """Raise UnsupportedError for so many rows, before any work."""
 
     def begin(self, rows: Sequences, logits_BV: Tensor) -> None:
         """Told of the logits after the prompt."""
@@ -84,7 +97,21 @@ def run(
         raise ConfigError(
             f"input_ids must be token ids of shape [B, T]; {name} takes no embeddings."
         )
+    given = _with_stop_strings(given)
     _check(inner, name, given)
+    batch = inputs.shape[0] * int(_setting(inner, given, "num_return_sequences", 1))
+    decoder.check(batch)
+    cached = any(given.get(key) is not None for key in ("cache", "past_key_values"))
+    if decoder.ragged and batch > 1 and cached:
+        raise UnsupportedError(
+            f"cache= with {batch} rows: {name} moves each row by its own number of tokens, so the "
+            "cache could not be gone on with; leave it out, or give one row."
+        )
+    if given.get("gateskip_budget") is not None and not decoder.budgeted:
+        raise UnsupportedError(
+            f"gateskip_budget does not go with {name} when it is told what to run with; leave one "
+            "of them out."
+        )
     streamer = given.get("streamer")
 
     def loop(
@@ -109,23 +136,36 @@ def _check(model: Any, name: str, given: dict[str, Any]) -> None:
             f"hold_budget moves thresholds with every token that is run, and {name} runs some that "
             "are thrown away; leave the block."
         )
-    config = given.get("generation_config") or model.generation_config
-
-    def setting(key: str, default: Any) -> Any:
-        value = given.get(key)
-        value = getattr(config, key, None) if value is None else value
-        return default if value is None else value
-
     for key, only in (("num_beams", 1), ("use_cache", True), ("output_hidden_states", False),
                       ("output_attentions", False), ("token_healing", False)):  # fmt: skip
-        if setting(key, only) != only:
-            raise UnsupportedError(
-                f"{key}={setting(key, only)!r}: {name} takes {key}={only!r} only."
-            )
+        value = _setting(model, given, key, only)
+        if value != only:
+            raise UnsupportedError(f"{key}={value!r}: {name} takes {key}={only!r} only.")
     for key in ("assistant_model", "custom_generate", "inputs_embeds", "prompt_lookup_num_tokens",
                 "negative_prompt_ids", "synced_gpus"):  # fmt: skip
-        if given.get(key):
+        if given.get(key) is not None and given[key] is not False:
             raise UnsupportedError(f"{key} does not go with {name}; leave it out.")
+
+
+def _setting(model: Any, given: dict[str, Any], key: str, default: Any) -> Any:
+    """What ``generate`` will use: an argument, else the config that was given, else the model's."""
+    configs = (given.get("generation_config"), model.generation_config)
+    found = (given.get(key), *(getattr(config, key, None) for config in configs))
+    return next((value for value in found if value is not None), default)
+
+
+def _with_stop_strings(given: dict[str, Any]) -> dict[str, Any]:
+    """Stop strings as a criterion: ``generate`` keeps the tokenizer from a loop that is not its
+    own."""
+    strings, tokenizer = given.get("stop_strings"), given.get("tokenizer")
+    rest = {key: value for key, value in given.items() if key not in ("stop_strings", "tokenizer")}
+    if strings is None:
+        return rest
+    if tokenizer is None:
+        raise ConfigError(f"stop_strings={strings!r} needs tokenizer=.")
+    mine = StopStringCriteria(tokenizer, strings)
+    criteria = StoppingCriteriaList([*(given.get("stopping_criteria") or ()), mine])
+    return rest | {"stopping_criteria": criteria}
 
 
 def _loop(
@@ -139,7 +179,13 @@ def _loop(
     config: Any,
     more: dict[str, Any],
 ) -> Any:
-    rows = _sequences(model, input_ids, processors, config, more)
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise UnsupportedError(
+            f"{mode.value} does not go with this decoder; it is greedy or samples."
+        )
+    longest = criteria.max_length or config.max_length
+    rows = _sequences(model, input_ids, processors, config, more, int(longest))
     wants = bool(config.return_dict_in_generate)
     kept = _Kept(rows.batch, wants and config.output_scores, wants and config.output_logits)
     logits = rows.prefill(decoder.prompt, getattr(config, "prefill_chunk_size", None))
@@ -157,6 +203,7 @@ def _loop(
             most = max(counts)  # of rows that go on; the others' columns do not matter
             rows.commit([n or most for n in counts])
     finally:
+        rows.end()
         if streamer is not None:
             streamer.end()
     out = rows.ids[:, : max(rows.lengths)]
@@ -165,16 +212,30 @@ def _loop(
     fields = {f.name for f in dataclasses.fields(GenerateDecoderOnlyOutput)}
     cache = "cache" if "cache" in fields else "past_key_values"
     made: Any = GenerateDecoderOnlyOutput
-    return made(sequences=out, **kept.found(), **{cache: rows.cache})
+    mine = None if rows.moved else rows.cache  # rows that were moved do not go on as plain ones
+    return made(sequences=out, **kept.found(), **{cache: mine})
 
 
 def _sequences(
-    model: Any, input_ids: Tensor, processors: Any, config: Any, more: dict[str, Any]
+    model: Any,
+    input_ids: Tensor,
+    processors: Any,
+    config: Any,
+    more: dict[str, Any],
+    longest: int,
 ) -> Sequences:
     cache = more.pop("cache", None)
     if cache is None:
         cache = more.pop("past_key_values", None)
+    if cache is None:
+        raise UnsupportedError("use_cache=False leaves nothing to decode with; leave it out.")
     mask, position_ids = more.pop("attention_mask", None), more.pop("position_ids", None)
+    whole = getattr(config, "_mask_length", None) if mask is None else mask.shape[1]
+    if whole is not None and whole != input_ids.shape[1]:
+        raise UnsupportedError(
+            f"attention_mask covers {whole} tokens and input_ids {input_ids.shape[1]}; give all "
+            "ids, those in the cache included."
+        )
     for known in ("use_cache", "logits_to_keep"):
         more.pop(known, None)
     unknown = sorted(key for key, value in more.items() if value is not None)
@@ -183,8 +244,8 @@ def _sequences(
     if position_ids is None:
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     for each in processors:
-        if isinstance(each, UnbatchedClassifierFreeGuidanceLogitsProcessor) or (
-            isinstance(each, PrefixConstrainedLogitsProcessor) and input_ids.shape[0] > 1
+        if isinstance(each, ONE_BY_ONE) or (
+            isinstance(each, ROW_BY_ROW) and input_ids.shape[0] > 1
         ):
             raise UnsupportedError(
                 f"{type(each).__name__} follows the order of plain decoding, row by row and token "
@@ -192,7 +253,7 @@ def _sequences(
             )
     pad = getattr(config, "_pad_token_tensor", None)
     return Sequences(
-        model, input_ids, mask, position_ids, room=int(config.max_length), cache=cache,
+        model, input_ids, mask, position_ids, room=longest, cache=cache,
         processors=processors, sample=bool(config.do_sample), pad=0 if pad is None else int(pad),
     )  # fmt: skip
 

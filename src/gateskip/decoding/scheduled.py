@@ -130,9 +130,14 @@ def generate_scheduled(
 class Scheduled:
     """One token a step, at a budget of its own."""
 
+    ragged, budgeted = False, True
+
     def __init__(self, schedule: Schedule, prompt: Policy) -> None:
         self.schedule, self.prompt = schedule, prompt
         self.first, self.entropy = 0, Tensor()
+
+    def check(self, batch: int) -> None:
+        """Any number of rows."""
 
     def begin(self, rows: Sequences, logits_BV: Tensor) -> None:
         """Remember how sure the prompt's model was."""

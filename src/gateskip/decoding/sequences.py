@@ -9,11 +9,13 @@ as in a prompt's batch, and every row ends at the last column.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
 from transformers.generation.logits_process import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
@@ -24,8 +26,9 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
-from gateskip.decoding.policies import Policy
-from gateskip.errors import UnsupportedError
+from gateskip.config import RowBudgets
+from gateskip.decoding.policies import AtBudget, Policy
+from gateskip.errors import BudgetError, UnsupportedError
 from gateskip.execution.memory import realign, rewind
 from gateskip.skipping.state import state_of
 
@@ -36,6 +39,8 @@ ALONE = (
     TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper,
     TypicalLogitsWarper, EpsilonLogitsWarper, EtaLogitsWarper,
 )  # fmt: skip
+#: What processors know of every row.
+BY_ROW = ("prompt_ignore_length", "encoder_input_ids")
 
 
 class Sequences:
@@ -49,6 +54,8 @@ class Sequences:
 
     Attributes:
         ids: int64 ``[B, room]``. lengths: tokens of every row. done: rows that have ended.
+        moved: whether rows took different numbers of tokens. prefilled: real tokens that the
+            prompt's pass cached of the first row.
     """
 
     def __init__(
@@ -73,9 +80,13 @@ class Sequences:
         self.mask: Tensor | None = None if mask_BT is None else mask_BT.bool().clone()
         self.next_B1 = position_BT[:, -1:].expand(self.batch, 1) + 1
         self.position_BT = position_BT
+        self._last = int(position_BT[:, -1].max()) + self.ids.shape[1] - prompt
         self.processors, self.sample = processors, sample
         self._fed = self._since = 0
         self._windows, self._shared = False, True
+        self.moved = False
+        self._recording: list[Any] = []
+        self.prefilled = 0
 
     @property
     def last_B1(self) -> Tensor:
@@ -116,10 +127,20 @@ class Sequences:
             )
         self._since = end
         layers = self.cache.layers
-        self._windows = any(getattr(part, "is_sliding", False) for part in layers)
-        if hasattr(self.cache, "activate_past_recording"):
-            self.cache.activate_past_recording()
+        sliding = [part for part in layers if getattr(part, "is_sliding", False)]
+        self._windows = any(not isinstance(part, StaticLayer) for part in sliding)
+        self._recording = [p for p in layers if getattr(p, "record_past", None) is False]
+        for part in self._recording:
+            part.activate_past_recording()
+        self.prefilled = end - past
+        if self.mask is not None:
+            self.prefilled = int(self.mask[0, past:end].sum())
         return self._float(logits)
+
+    def end(self) -> None:
+        """Leave the cache as plain decoding needs it."""
+        for part in self._recording:
+            part.record_past = False
 
     def forward(self, tokens_BT: Tensor, policy: Policy) -> Tensor:
         """Run new tokens of every row and cache them; float32 logits ``[B, T, V]``."""
@@ -130,7 +151,9 @@ class Sequences:
             ones = self.mask.new_ones(self.batch, new)
             self.mask = torch.cat([self.mask, ones], 1)
         end = int(self.cache.get_seq_length()) + new
-        return self._float(self._call(policy, tokens_BT, self.next_B1 + steps, end, new))
+        # What is past the longest length is thrown away; its position must exist all the same.
+        places = (self.next_B1 + steps).clamp(max=self._last)
+        return self._float(self._call(policy, tokens_BT, places, end, new))
 
     def rewind(self, tokens: int) -> None:
         """Take back the last columns; of a window only those since the last :meth:`commit`."""
@@ -150,9 +173,12 @@ class Sequences:
         fed, most = self._fed, max(counts)
         self._fed = 0
         self.next_B1 = self.next_B1 + torch.tensor(counts, device=self.ids.device)[:, None]
-        if self.mask is None and min(counts) == most:
+        if min(counts) == most and not self.moved:
             rewind(self.cache, fed - most, self._since)
+            if self.mask is not None:
+                self.mask = self.mask[:, : self.mask.shape[1] - (fed - most)]
             return
+        self.moved = True
         columns = int(self.cache.get_seq_length())
         if self.mask is None:
             self.mask = torch.ones(self.batch, columns, dtype=torch.bool, device=self.ids.device)
@@ -186,10 +212,28 @@ class Sequences:
             ids = self.row(row)
             if drafted_BT is not None:
                 ids = torch.cat([ids, drafted_BT[row : row + 1]], 1)
+            processors = self.of_row(row)
             for step in range(new):
                 seen = ids[:, : self.lengths[row] + step]
-                out[row, step] = self.processors(seen, logits_BTV[row : row + 1, step].clone())
+                out[row, step] = processors(seen, logits_BTV[row : row + 1, step].clone())
         return out
+
+    def of_row(self, row: int) -> Any:
+        """The processors as they are for one row alone."""
+        if self.batch == 1:
+            return self.processors
+        found = type(self.processors)()
+        for each in self.processors:
+            parts = {
+                name: value[row : row + 1]
+                for name, value in vars(each).items()
+                if name in BY_ROW and isinstance(value, Tensor) and value.shape[0] == self.batch
+            }
+            if parts:
+                each = copy.copy(each)
+                vars(each).update(parts)
+            found.append(each)
+        return found
 
     def choose(self, scores_BTV: Tensor) -> Tensor:
         """Tokens ``[B, T]``: the best, or drawn."""
@@ -198,6 +242,12 @@ class Sequences:
         return draw(scores_BTV.softmax(-1))
 
     def _call(self, policy: Policy, ids: Tensor, places: Tensor, end: int, keep: int) -> Tensor:
+        budget = policy.budget if isinstance(policy, AtBudget) else None
+        if isinstance(budget, RowBudgets) and len(budget.rows) != self.batch:
+            raise BudgetError(
+                f"budget has {len(budget.rows)} rows, the batch {self.batch}; give one number for "
+                "every row."
+            )
         mask = None if self.mask is None else self.mask[:, :end].long()
         with policy.on(self.state):
             out = self.model(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gateskip.decoding.drafts import Draft, Drafter, as_drafter
 from gateskip.decoding.length import DraftLength, length_of
 from gateskip.decoding.loop import Step, run
-from gateskip.decoding.policies import Policy, as_policy, check_policy
+from gateskip.decoding.policies import Current, Policy, as_policy, check_policy
 from gateskip.decoding.sequences import Sequences, draw
 from gateskip.decoding.stats import DecodingStats
 
@@ -75,10 +75,16 @@ def generate_speculative(
 class Speculative:
     """Draft, check, accept."""
 
+    ragged = True
+
     def __init__(
         self, drafter: Drafter, target: Policy, length: DraftLength, stats: DecodingStats
     ) -> None:
         self.drafter, self.prompt, self.length, self.stats = drafter, target, length, stats
+        self.budgeted = isinstance(target, Current)
+
+    def check(self, batch: int) -> None:
+        """Any number of rows."""
 
     def begin(self, rows: Sequences, logits_BV: Tensor) -> None:
         """Nothing to know."""
@@ -96,7 +102,7 @@ class Speculative:
         scores = rows.scores(logits, draft.tokens)
         tokens, accepted = _drawn(scores, draft) if rows.sample else _chosen(scores, draft)
         if count:
-            self.drafter.told(accepted)
+            self.drafter.told(rows, accepted)
         for row, end in enumerate(rows.done):
             if not end:
                 self.stats.drafted += draft.counts[row]

@@ -76,6 +76,8 @@ def generate_stitched(
 class Stitched:
     """Two policies, and who is decoded with which."""
 
+    ragged = budgeted = False
+
     def __init__(
         self,
         cheap: Policy,
@@ -96,13 +98,13 @@ class Stitched:
         found: list[bool] = (normalised_entropy(logits_BV) > self.threshold).tolist()
         return found
 
-    def begin(self, rows: Sequences, logits_BV: Tensor) -> None:
-        """Begin cheaply."""
-        if rows.batch > 1:
+    def check(self, batch: int) -> None:
+        """Several rows take budgets, and are not refreshed."""
+        if batch > 1:
             if self.refresh:
                 raise UnsupportedError(
-                    f"refresh=True takes one row, and the batch has {rows.batch}: their cheap "
-                    "tokens differ in number."
+                    f"refresh=True takes one row, and the batch has {batch}: their cheap tokens "
+                    "differ in number."
                 )
             for name, policy in (("cheap", self.cheap), ("full", self.full)):
                 if not isinstance(policy, AtBudget) or isinstance(policy.budget, RowBudgets):
@@ -110,8 +112,11 @@ class Stitched:
                         f"{name}={policy!r}: several rows take one budget for each of cheap and "
                         "full, such as 0.5 and 1.0; or give one row."
                     )
+
+    def begin(self, rows: Sequences, logits_BV: Tensor) -> None:
+        """Begin cheaply."""
         self.is_full = [False] * rows.batch
-        self.stale = rows.lengths[0] if self.cheap_prompt else 0
+        self.stale = rows.prefilled if self.cheap_prompt else 0
 
     def step(self, rows: Sequences) -> Step:
         """A token of every row, decoded again where it is not certain."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gateskip.data import Sample, encode
+from gateskip.decoding.drafts import as_drafter
+from gateskip.decoding.length import length_of
 from gateskip.decoding.speculative import generate_speculative
 from gateskip.decoding.stats import DecodingStats
 from gateskip.errors import ConfigError, DataError
@@ -111,6 +113,9 @@ def tune_draft(
             "nothing to try: give draft_keep or draft_policies, draft_tokens, new_tokens of at "
             "least 2, and at least one prompt and repeat."
         )
+    for each in tries:
+        length_of(each["draft_tokens"])
+        as_drafter(each.get("draft_policy"), each.get("draft_keep", 0.5), model)
     ids = [_prompt(sample) for sample in encode(prompts, tokenizer, 2048)][:max_prompts]
     if not ids:
         raise DataError("prompts are empty; give at least one.")

@@ -60,9 +60,9 @@ def realign(cache: Any, right_B: list[int], drop: int, *, shared: bool) -> None:
     """
     rows = [(row, by) for row, by in enumerate(right_B) if by]
     for part in cache.layers if rows else ():
-        if shared and type(part) is not StaticLayer:
+        if shared and not isinstance(part, StaticLayer):
             part.keys, part.values = part.keys.clone(), part.values.clone()
-        length = part.get_seq_length() if type(part) is StaticLayer else part.keys.shape[2]
+        length = part.get_seq_length() if isinstance(part, StaticLayer) else part.keys.shape[2]
         for t in (part.keys, part.values):
             for row, by in rows:
                 _move(t[row, :, : int(length)], by)

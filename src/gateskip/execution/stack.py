@@ -63,7 +63,7 @@ def token_stack(layers: list[nn.Module], call: Call, h_BTH: Tensor, kwargs: Any)
     table = all_plans(layers, call.state.family)
     if table is None or table.dtype != h_BTH.dtype:
         return None
-    if table.backend == "triton" and call.new > 1:  # Triton's interpreter
+    if table.backend == "triton" and (call.new > 1 or call.ungated):
         return None
     _, kv_heads, width = table.sizes
     shape = (call.batch, kv_heads, width)
@@ -149,8 +149,6 @@ def _run(table: Plans, call: Call, h_BTH: Tensor, kwargs: Any, memory: Memory) -
     lists = np.empty((threads, 2, rows), dtype=np.int64)
     cos, sin = (_by_token(t.to(h_BTH.dtype), batch) for t in kwargs["position_embeddings"])
     mask = kwargs.get("attention_mask")
-    if mask is not None and call.mask_2d is None and not call.made_mask:
-        mask = None  # causality alone
     mask = None if mask is None else additive(_by_token(mask[:, 0, -new:, :keys], batch))
     row, head, key = memory.strides
     given = {

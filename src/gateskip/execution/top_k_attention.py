@@ -86,6 +86,7 @@ def top_k_attention(
     scaling: float,
     mask_B1LS: Tensor | None = None,
     softcap: float | None = None,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the k largest scores of every query.
 
@@ -112,7 +113,7 @@ def top_k_attention(
             scores = torch.tanh(scores / softcap) * softcap
         scores = _hidden(scores, mask_B1LS, part, length)
         top = scores.topk(kept, dim=-1)
-        p = top.values.softmax(-1)
+        p = nn.functional.dropout(top.values.softmax(-1), dropout, dropout > 0.0)
         mass[:, :, :, part] = (top.values.logsumexp(-1) - scores.logsumexp(-1)).exp()
         places = top.indices.reshape(batch * kv_heads, -1)
         chosen = flat_value[rows_BK[:, None], places]
@@ -155,7 +156,14 @@ def _forward(
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out, _ = top_k_attention(
-        query, key, value, int(k), scaling=scale, mask_B1LS=attention_mask, softcap=softcap
+        query,
+        key,
+        value,
+        int(k),
+        scaling=scale,
+        mask_B1LS=attention_mask,
+        softcap=softcap,
+        dropout=dropout,
     )
     return out.transpose(1, 2).contiguous(), None
 

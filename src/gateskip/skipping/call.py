@@ -96,8 +96,8 @@ class Call:
         self.ids_BT = input_ids
         #: Places that a mask of attention, made for a cache of fixed size, no longer tells.
         self.places_BT: Tensor | None = None
-        self.made_mask = isinstance(attention_mask, dict) or getattr(attention_mask, "ndim", 2) == 4
-        if over.generating and self.made_mask and position_ids is not None:
+        made = isinstance(attention_mask, dict) or getattr(attention_mask, "ndim", 2) == 4
+        if over.generating and made and position_ids is not None:
             self.places_BT = position_ids.expand(batch, -1) + 1
         self.mask_2d = _two_dimensional(attention_mask, batch, past + new, over.generating)
         self.valid_BT, self.protected_BT = self._tokens(position_ids, input_ids)

@@ -134,7 +134,8 @@ def bytes_of(record: CallRecord) -> tuple[float, float]:
     dense = spent = 0.0
     valid, keys = record.valid_BT, record.keys_BT
     longest = (keys * valid).amax(-1).double()
-    seen = record.read(longest)
+    # Queries of one call pick different keys, so several of them read all values.
+    seen = record.read(longest) if valid.shape[1] == 1 else longest
     for branch, cost in record.costs.items():
         keep = record.keep.get(branch, valid)
         weights = cost.weights * record.weight_bytes
