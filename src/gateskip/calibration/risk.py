@@ -205,7 +205,7 @@ def _compute(state: GateSkipState | None, budget: Budget) -> float | None:
         return None
     if budget.unit == "compute":
         return budget.value
-    return float(np.interp(budget.value, policy.keep[::-1], policy.compute[::-1]))
+    return policy.compute_at(budget.value)
 
 
 def _criterion(
