@@ -19,6 +19,7 @@ test: setup
 	$(BIN)/ruff format --check --no-cache .
 	$(BIN)/mypy
 	$(BIN)/python docs/build.py --check
+	$(BIN)/python experiments/evidence.py --check
 	$(BIN)/python -m pytest
 
 fix: setup
@@ -45,12 +46,21 @@ HOURS ?= 2
 DATA ?=
 evidence: setup
 	test -d experiments/lab/dense_1m_s0 || $(BIN)/python experiments/lab/model.py experiments/lab/dense_1m_s0
-	$(BIN)/python experiments/lab/run.py experiments/results/lab --budget-hours $(HOURS)
+	test -d experiments/lab/dense_03m_s0 || \
+	  $(BIN)/python experiments/lab/model.py experiments/lab/dense_03m_s0 --size 03m
+	$(BIN)/python experiments/lab/run.py experiments/results/lab --budget-hours $(HOURS) \
+	  --models build/lab/models
+	$(BIN)/python experiments/lab/timing.py experiments/results/lab build/lab/models
 ifneq ($(DATA),)
 	$(BIN)/python examples/demo/model.py
 	$(BIN)/python experiments/smollm2/texts.py $(DATA) build/smollm2/texts
 	$(BIN)/python experiments/smollm2/trained.py build/demo/SmolLM2-135M-Instruct \
-	  build/smollm2/texts $(DATA)/eval experiments/results/smollm2 --budget-hours $(HOURS)
+	  build/smollm2/texts $(DATA)/eval experiments/results/smollm2 --budget-hours $(HOURS) \
+	  --models build/smollm2/models
+	$(BIN)/python experiments/smollm2/timing.py experiments/results/smollm2 \
+	  build/smollm2/models build/demo/SmolLM2-135M-Instruct
+	$(BIN)/python experiments/smollm2/untrained.py build/demo/SmolLM2-135M-Instruct \
+	  experiments/results/smollm2
 endif
 	$(BIN)/python experiments/evidence.py
 

@@ -1,8 +1,9 @@
 """Arms of an experiment: a method put in place for a saving, and trained as all others are.
 
-All arms of a bench start from the same dense model, see the same rows in the same order for the
-same number of steps, and differ by the method alone. A run is for one saving: a method is trained
-for the budget that it is tested at. A seed draws the rows, their order and whatever a method draws.
+All arms of a bench start from the same dense model (``smaller`` from another), see the same rows in
+the same order for the same number of steps, and differ by the method alone. A run is for one
+saving: a method is trained for the budget that it is tested at. A seed draws the rows, their order
+and whatever a method draws.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from instead import INT8, SMALLER, macs_saved, quantised
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import set_seed
@@ -28,7 +30,7 @@ import gateskip
 from gateskip import methods
 from gateskip.data import encode
 from gateskip.errors import BudgetError, TrainingError
-from gateskip.evaluation.results import CONTROL, DENSE
+from gateskip.evaluation.results import CONTROL, DENSE, INSTEAD
 from gateskip.methods.mixture_of_depths import capacity
 from gateskip.methods.static import Static
 from gateskip.skipping.state import state_of
@@ -49,10 +51,16 @@ __all__ = [
     "static",
 ]
 
+#: Of a token, where MACs of two models are compared.
+MEAN_KEYS = 64.0
 #: Nulls that rank by what gates know.
 OF_GATES = ("position", "token_identity")
-#: What computes everything.
-FULL = (CONTROL, DENSE)
+#: Options of a variant that are the calibration's.
+CALIBRATED = ("allocation", "weigh_cost")
+#: What computes everything of what it is.
+FULL = (CONTROL, DENSE, *INSTEAD)
+#: Trained in a way of their own even where nothing is to be saved.
+TRAINED_AT_ALL = ("gateskip", "calm", "free", "layerskip")
 Stages = tuple[tuple[float, gateskip.GateSkipTrainingConfig], ...]
 #: (options of the gates, options of the training or ``stages``: shares of the steps and options).
 Variant = tuple[dict[str, Any], dict[str, Any]]
@@ -71,17 +79,27 @@ FURTHER: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Job:
-    """One run to make; ``dense`` is the model before training."""
+    """One run to make; ``dense`` is the model before training.
+
+    Attributes:
+        size: of the model, where it is not the bench's main one.
+    """
 
     method: str
     variant: str
     saved: float
     seed: int
+    size: str = ""
+
+    @property
+    def label(self) -> str:
+        """Variant and size."""
+        return "_".join(part for part in (self.variant, self.size) if part)
 
     @property
     def name(self) -> str:
         """Of its result file, without suffix."""
-        name = "_".join(part for part in (self.method, self.variant) if part)
+        name = "_".join(part for part in (self.method, self.label) if part)
         return f"{name}_{round(100 * self.saved)}_s{self.seed}"
 
 
@@ -92,12 +110,13 @@ class Bench:
     Attributes:
         name: top-level ``bench`` of its results.
         fresh: a new dense model, whose weights are trained in full or by LoRA (``backbone``).
+        smaller: a smaller one that learned the same, or None.
         fit_rows: what gates are fitted on, and thresholds calibrated.
         train_rows: (seed, how many) to rows.
         test: (job, model, dense model) to figures of a result.
         gates, training, stages: of the main form of gates; each stage is a share of the steps and
-            options beside ``training``. variants: by name, changes of gates and training; a variant
-            named as an allocation is calibrated with it.
+            options beside ``training``. variants: by name, changes of gates and training; among the
+            latter also ``fit`` (False: gates as they begin) and options of the calibration.
         grid: shares of pairs kept of calibrations.
         collapsed: a run whose accuracy is below this has collapsed.
         router_rate: learning rate where routers alone are trained.
@@ -120,6 +139,7 @@ class Bench:
     collapsed: float
     router_rate: float
     trainer: dict[str, Any]
+    smaller: Callable[[], Any] | None = None
 
     def prepared(self, job: Job, model: Any) -> tuple[Stages, dict[str, Any]]:
         """Put the method in place: (how it is trained, options of the method).
@@ -134,13 +154,15 @@ class Bench:
             given: dict[str, Any] = {"backbone": self.backbone}
             if job.method == DENSE:
                 return (), {}
-            if job.method == CONTROL:
+            if job.method in FULL:
                 return ((1.0, gateskip.GateSkipTrainingConfig(**given, arm="control")),), {}
-            gateskip.fit(model, rows, self.tokenizer)
-            how = {"allocation": job.variant} if job.variant in ("uniform", "searched") else {}
+            training = dict(training)
+            stages = self.stages if job.saved else ((1.0, {}),)
+            how = {key: training.pop(key) for key in CALIBRATED if key in training}
+            if training.pop("fit", True):
+                gateskip.fit(model, rows, self.tokenizer)
             gateskip.calibrate(model, rows, self.tokenizer, grid=self.grid, **how)
             given |= {"budget_end": compute} | self.training
-            stages = self.stages if job.saved else ((1.0, {}),)
             if "stages" in training:
                 stages = training["stages"]
             else:  # of what adapts the model, not of what learns decisions before
@@ -179,11 +201,15 @@ class Bench:
 
     @staticmethod
     def _routed(model: Any, job: Job, options: dict[str, Any]) -> dict[str, Any]:
-        """Options, with the share that the budget is of what skips can save as the cost's target.
+        """Options, with the share that the budget is of what skips can save as the cost's target,
+        or as what is kept where thresholds are of the batch.
 
         Raises:
             BudgetError: skips cannot save so much.
         """
+        if options.get("budget_unit") == "keep":
+            share = capacity(state_of(model), 1.0 - job.saved)
+            return options | {"budget_end": share, "calibrate_every": 0}
         if not options.get("cost_weight") or options.get("cost_kind", "linear") == "linear":
             return options
         return options | {"cost_target": capacity(state_of(model), 1.0 - job.saved)}
@@ -238,19 +264,33 @@ class Bench:
             if "loss" in entry
         ]
 
+    def _started(self, job: Job) -> Any:
+        """The model that a run begins with.
+
+        Raises:
+            ValueError: there is no smaller one.
+        """
+        if job.method != SMALLER:
+            return self.fresh()
+        if self.smaller is None:
+            raise ValueError(f"{self.name} has no smaller model for method {SMALLER!r}.")
+        return self.smaller()
+
     def run(self, job: Job, options: argparse.Namespace) -> dict[str, Any]:
         """The result of a run; one whose saving cannot be reached says so."""
         from gateskip.evaluation.header import run_header
 
         set_seed(job.seed)
         dense = self.fresh()
-        model = self.fresh()
+        model = self._started(job)
         settings = {k: getattr(options, k) for k in ("steps", "batch_size", "learning_rate")}
         result: dict[str, Any] = {
             "bench": self.name, "method": job.method, "seed": job.seed, "saved_macs": job.saved,
             "accuracy": None, "loss": None, "seconds": None,
-            "config": {"variant": job.variant} | settings, "versions": run_header(options.command),
+            "config": {"variant": job.label} | settings, "versions": run_header(options.command),
         }  # fmt: skip
+        if job.size:
+            result["config"]["size"] = job.size
         begun = time.time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -264,7 +304,13 @@ class Bench:
                 result["seconds"] = round(time.time() - begun, 1)
                 if options.models is not None:
                     gateskip.save(model, options.models / job.name)
+                if job.method == INT8:
+                    model = quantised(model)
+                    gateskip.attach(model, gateskip.GateConfig(**self.gates, seed=job.seed))
                 result |= self.test(job, model, dense)
+                if job.method == SMALLER:
+                    result["realised_macs"] = macs_saved(model, dense, MEAN_KEYS)
+                    result["saved_macs"] = round(result["realised_macs"], 2)
             except BudgetError as error:
                 result["config"]["unreachable"] = str(error)
                 return result
@@ -285,13 +331,13 @@ def every_job(options: argparse.Namespace) -> Iterator[Job]:
     """Runs in the order in which they tell most, all methods of a seed and saving together."""
     for seed, saved in itertools.product(options.seeds, options.saved):
         for name in options.methods:
-            if (name in FULL) != (saved == 0.0) and name != "gateskip":
-                continue  # a control saves nothing, and at 0 every other method is one
+            if (name in FULL) != (saved == 0.0) and name not in TRAINED_AT_ALL:
+                continue  # a control saves nothing, and at 0 all but these are one
             if name == DENSE and seed != options.seeds[0]:
                 continue  # nothing is drawn
             for variant in options.variants if name == "gateskip" else ("",):
                 if not variant or saved:
-                    yield Job(name, variant, saved, seed)
+                    yield Job(name, variant, saved, seed, getattr(options, "size", ""))
 
 
 def add_options(parser: argparse.ArgumentParser, variants: Sequence[str]) -> None:

@@ -16,7 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import evidence_curves
 import evidence_figures
+import evidence_instead
 import evidence_kinds
 import published
 from evidence_text import (
@@ -30,6 +32,7 @@ from evidence_text import (
     order,
     p_text,
     percent,
+    shown,
 )
 
 from gateskip.errors import GateSkipError
@@ -78,7 +81,8 @@ hand but the published figures, which are in `experiments/published.py`.
 - A run that collapsed counts in every mean that it has a figure for, and is counted beside it;
   `1 without` says that one run has no such figure.
 - `control` was trained alike without gates, and `dense` is the model before that; both compute
-  everything.
+  everything. So do `int8` (the control with 8-bit weights) and `smaller` (a smaller model that was
+  trained alike; its column is what it saves by being small).
 - All arms of a bench see the same rows in the same order for the same steps, under one optimiser
   and rate, but routers alone, which have a rate of their own. Where a method cannot save so much as
   it is, more of the model gets it (`mixture_of_depths`: every layer instead of every second;
@@ -117,6 +121,12 @@ def realised_cell(summary: Summary) -> str:
 def kept_cell(summary: Summary) -> str:
     """Accuracy as a share of the control's, by seed."""
     return estimate_text("accuracy", summary.accuracy_kept)
+
+
+def full_cell(summary: Summary) -> str:
+    """Accuracy with nothing skipped of what was trained for a saving, mean over seeds."""
+    value = summary.mean_of("accuracy_full_budget")
+    return NONE if value is None else shown("accuracy", value)
 
 
 def ratio_cell(summary: Summary) -> str:
@@ -266,9 +276,8 @@ def costs(found: Sequence[Summary]) -> list[str]:
 
 def ablations(found: Sequence[Summary]) -> list[str]:
     """Variants beside the main form of their method."""
-    variants = sorted(
-        (s for s in found if s.variant), key=lambda s: (order(s.method), s.saved_macs, s.variant)
-    )
+    own = [s for s in found if s.variant and not size_of(s)]
+    variants = sorted(own, key=lambda s: (order(s.method), s.saved_macs, s.variant))
     if not variants:
         return []
     main = {(s.method, s.saved_macs): s for s in found if not s.variant}
@@ -287,6 +296,30 @@ def ablations(found: Sequence[Summary]) -> list[str]:
     return ["### Variants", "", "Paired by seed with the main form.", "", *markdown(columns, rows)]
 
 
+def size_of(summary: Summary) -> str:
+    """Of the model, where it is not the bench's main one."""
+    return str(summary.runs[0].config.get("size", ""))
+
+
+def sizes(found: Sequence[Summary]) -> list[str]:
+    """Accuracy on models of other sizes."""
+    own = [s for s in found if size_of(s)]
+    names = sorted({size_of(s) for s in own})
+    alike = {(s.method, s.saved_macs) for s in own if s.variant == size_of(s)}
+    at = {(s.method, s.saved_macs, s.variant): s for s in found}
+    rows = []
+    for method, saved in sorted(alike, key=lambda key: (key[1], order(key[0]))):
+        cells = [at.get((method, saved, name)) for name in ("", *names)]
+        rows.append([
+            percent(saved), f"`{method}`",
+            *("" if s is None else metric_cell("accuracy")(s) for s in cells),
+        ])  # fmt: skip
+    if not rows:
+        return []
+    return ["### Sizes of the model: accuracy, %", "",
+            *markdown(["saved", "method", "as above", *names], rows)]  # fmt: skip
+
+
 def section(bench: str, runs: Sequence[Run], found: Sequence[Summary]) -> list[str]:
     """All that there is to say of a bench."""
     main = [s for s in found if not s.variant]
@@ -298,6 +331,7 @@ def section(bench: str, runs: Sequence[Run], found: Sequence[Summary]) -> list[s
         "Accuracy, %": metric_cell("accuracy"),
         "Loss, nats per token": metric_cell("loss"),
         "Savings realised, net": realised_cell,
+        "Accuracy with nothing skipped, of what was trained for a saving, %": full_cell,
         "Share of the control's accuracy kept, %": kept_cell,
         "Loss as a multiple of the control's": ratio_cell,
     }
@@ -317,7 +351,11 @@ def section(bench: str, runs: Sequence[Run], found: Sequence[Summary]) -> list[s
     for metric in METRICS:
         if any(s.of(metric) is not None for s in main):
             lines += where_gates_lose(paired[metric], metric)
-    return lines + costs(main) + ablations(found)
+    lines += costs(main) + evidence_instead.section(main) + ablations(found) + sizes(found)
+    if evidence_curves.curves(found, bench):
+        name = evidence_curves.NAME.format(bench)
+        lines += ["### Training curves", "", f"![Loss by step, {bench}](figures/{name})", ""]
+    return lines
 
 
 def page(runs: Sequence[Run], kinds: Sequence[str] = ()) -> str:
@@ -337,8 +375,11 @@ def page(runs: Sequence[Run], kinds: Sequence[str] = ()) -> str:
 def figures(runs: Sequence[Run]) -> dict[str, Any]:
     """What is drawn, by file name."""
     found = summaries(runs)
-    drawn = {bench: evidence_figures.points(found, bench) for bench in TITLES}
-    return {evidence_figures.NAME.format(bench): data for bench, data in drawn.items() if data}
+    drawn = {}
+    for bench in TITLES:
+        drawn[evidence_figures.NAME.format(bench)] = evidence_figures.points(found, bench)
+        drawn[evidence_curves.NAME.format(bench)] = evidence_curves.curves(found, bench)
+    return {name: data for name, data in drawn.items() if data}
 
 
 def stale(runs: Sequence[Run], target: Path, kinds: Sequence[str] = ()) -> list[str]:
@@ -367,7 +408,8 @@ def write(runs: Sequence[Run], target: Path, kinds: Sequence[str] = ()) -> None:
     if wanted:
         folder.mkdir(parents=True, exist_ok=True)
     for name, data in wanted.items():
-        evidence_figures.drawn(data, folder / name)
+        curves = name.startswith(evidence_curves.NAME.partition("{")[0])
+        (evidence_curves if curves else evidence_figures).drawn(data, folder / name)
     temporary = target.with_suffix(".tmp")
     temporary.write_text(page(runs, kinds), encoding="utf-8")
     os.replace(temporary, target)

@@ -46,7 +46,7 @@ def points(found: Sequence[Summary], bench: str) -> dict[str, dict[str, list[Poi
     return figures
 
 
-def fingerprint(figures: dict[str, dict[str, list[Point]]]) -> str:
+def fingerprint(figures: Any) -> str:
     """Of what is drawn; it stands in the file, so that an old one is known whatever drew it."""
     return "data-" + hashlib.sha256(repr(figures).encode()).hexdigest()[:16]
 

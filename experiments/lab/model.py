@@ -24,8 +24,15 @@ from gateskip.data import Sample, encode
 
 #: Layers, hidden, inner, query heads, key/value heads.
 SIZES = {"03m": (6, 64, 192, 4, 2), "1m": (8, 96, 320, 4, 2), "3m": (12, 128, 512, 4, 2)}
-#: The model that experiments start from, as committed: bfloat16 weights, computed in float32.
-DENSE = Path(__file__).parent / "dense_1m_s0"
+
+
+def dense_of(size: str) -> Path:
+    """Where the dense model of a size is."""
+    return Path(__file__).parent / f"dense_{size}_s0"
+
+
+#: The models that experiments start from, as committed: bfloat16 weights, computed in float32.
+DENSE, SMALL = dense_of("1m"), dense_of("03m")
 TRAIN_SEED, TEST_SEED = 1_000, 7  # seeds of problems
 LONGEST = 256
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from language import problems, tokenizer
-from model import DENSE, LONGEST, TEST_SEED, exact_match
+from model import DENSE, LONGEST, SIZES, SMALL, TEST_SEED, dense_of, exact_match
 from transformers import LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,6 +24,7 @@ import gateskip
 from gateskip.evaluation.quality import Evaluation
 from gateskip.execution.api import dense as without_gates
 from gateskip.skipping.ledger import Ledger
+from gateskip.training.presets import preset
 
 FIT_SEED, TRAIN_SEED, LOSS_SEED = 50_000, 60_000, 70_000  # of problems; none is model.py's
 FIT_PROBLEMS, LOSS_PROBLEMS = 300, 300
@@ -33,6 +34,8 @@ GATES: dict[str, Any] = {"kind": "scalar", "importance": "head", "compensation_r
 TRAINING: dict[str, Any] = {"schedule": "constant", "calibrate_every": 20}
 FROZEN: dict[str, Any] = {"backbone": "frozen", "compensation_learning_rate": 3e-3}
 STAGES = ((0.5, ROUTED), (0.5, {}))
+PAPER = preset("paper")
+PAPER_TRAINING = PAPER.training.to_json() | {"budget_steps": 0.5}
 #: Variants of the gates, see ``arms``; options of a training are those of the last stage.
 VARIANTS: dict[str, Variant] = {
     "": ({}, {}),
@@ -53,9 +56,11 @@ VARIANTS: dict[str, Variant] = {
     "previous": ({"kv_source": "previous"}, {}),
     "hidden": ({"kv_source": "none"}, {}),
     # How budgets are split.
-    "uniform": ({}, {}),
+    "uniform": ({}, {"allocation": "uniform"}),
+    "searched": ({}, {"allocation": "searched"}),
     # The paper's ablations.
     "vector": ({"kind": "vector"}, {}),
+    "low_rank": ({"kind": "low_rank", "rank": 4}, {}),
     "shared": ({"kind": "shared", "importance": "mean_logit"}, {"stages": ((1.0, {}),)}),
     "mlp": ({"kind": "mlp", "rank": 16}, {}),
     "before": ({"placement": "before"}, {}),
@@ -67,20 +72,32 @@ VARIANTS: dict[str, Variant] = {
     "penalty_0.01": ({"kind": "low_rank", "rank": 4}, {"train_gates": True, "penalty": 0.01}),
     "penalty_0.1": ({"kind": "low_rank", "rank": 4}, {"train_gates": True, "penalty": 0.1}),
     "penalty_1": ({"kind": "low_rank", "rank": 4}, {"train_gates": True, "penalty": 1.0}),
+    "penalty_l1": (
+        {"kind": "low_rank", "rank": 4},
+        {"train_gates": True, "penalty": 0.1, "penalty_kind": "l1"},
+    ),
+    "penalty_hinge": (
+        {"kind": "low_rank", "rank": 4},
+        {"train_gates": True, "penalty": 0.1, "penalty_kind": "hinge"},
+    ),
     "distill_itself": ({}, {"distill": 0.5, "teacher": "itself"}),
     "distill_before": ({}, {"distill": 0.5}),
     "calibrated_once": ({}, {"calibrate_every": 0}),
+    "lora": ({}, {"backbone": "lora"}),
+    "closed_form": ({"importance": "mean_logit"}, {"stages": ()}),
+    # The published recipe, at the lab's learning rate and number of steps.
+    "paper": (
+        PAPER.gate.to_json() | {"compensation_rank": 8},
+        {"stages": ((1.0, PAPER_TRAINING),), "fit": PAPER.fit} | PAPER.calibration,
+    ),
 }
+#: In the order in which they tell most.
 METHODS = (
-    "dense",
-    "gateskip",
-    "control",
-    "random",
-    "shortgpt",
-    "mixture_of_depths",
-    "gate_norm",
-    "llm_drop",
-)
+    "dense", "gateskip", "control", "random", "shortgpt", "gate_norm", "mixture_of_depths",
+    "llm_drop", "skipgpt", "calm", "free", "layerskip", "flexidepth", "router_tuning",
+    "shortgpt_linear", "llm_drop_linear", "every_second", "fixed_layers", "position",
+    "token_identity", "int8", "smaller",
+)  # fmt: skip
 
 
 def bench(options: argparse.Namespace) -> Bench:
@@ -112,9 +129,11 @@ def bench(options: argparse.Namespace) -> Bench:
             found["accuracy_full_budget"] = exact_match(model, rows)
         return found
 
+    def plain(folder: Any) -> Any:
+        return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
     return Bench(
-        name="lab",
-        fresh=lambda: LlamaForCausalLM.from_pretrained(options.dense, dtype=torch.float32).eval(),
+        name="lab", fresh=lambda: plain(options.dense), smaller=lambda: plain(options.smaller),
         tokenizer=tokenizer(),
         fit_rows=list(problems(FIT_SEED, FIT_PROBLEMS)),
         train_rows=lambda seed, count: list(problems(TRAIN_SEED + seed, count)),
@@ -130,7 +149,9 @@ def main(arguments: list[str] | None = None) -> None:
     """All runs that have no result yet, until the time is over."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_options(parser, list(VARIANTS))
-    parser.add_argument("--dense", default=str(DENSE))
+    parser.add_argument("--size", choices=("", *SIZES), default="", help="model, if another")
+    parser.add_argument("--dense", help="its folder, if another")
+    parser.add_argument("--smaller", default=str(SMALL), help="model of method smaller")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--saved", nargs="+", type=float, default=list(SAVED))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
@@ -142,6 +163,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("build/lab/work"))
     options = parser.parse_args(arguments)
     options.command = "python experiments/lab/run.py experiments/results/lab"
+    options.dense = options.dense or str(dense_of(options.size) if options.size else DENSE)
+    for folder in (options.dense, *([options.smaller] if "smaller" in options.methods else ())):
+        if not (Path(folder) / "config.json").is_file():
+            parser.error(f"{folder} is no model; make it with experiments/lab/model.py.")
     make(bench(options), options)
 
 

@@ -51,7 +51,7 @@ VARIANTS: dict[str, Variant] = {
 }
 METHODS = (
     "dense", "gateskip", "control", "random", "shortgpt", "mixture_of_depths", "router_tuning",
-    "llm_drop", "gate_norm",
+    "llm_drop", "gate_norm", "int8",
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         generate_scheduled,
         generate_speculative,
         generate_stitched,
+        generate_synchronised,
         tune_draft,
     )
     from gateskip.errors import (
@@ -83,6 +84,7 @@ __all__ = [
     "generate_scheduled",
     "generate_speculative",
     "generate_stitched",
+    "generate_synchronised",
     "hold_budget",
     "load",
     "measure_latency",
@@ -102,7 +104,7 @@ _HOMES = {
     "gateskip.config": ("Budget", "GateConfig"),
     "gateskip.decoding": (
         "DecodingStats", "draft_view", "generate_scheduled", "generate_speculative",
-        "generate_stitched", "tune_draft",
+        "generate_stitched", "generate_synchronised", "tune_draft",
     ),
     "gateskip.errors": tuple(n for n in __all__ if n.endswith("Error")),
     "gateskip.execution.api": (

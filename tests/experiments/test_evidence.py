@@ -16,6 +16,7 @@ sys.path.insert(0, str(EXPERIMENTS))
 
 import evidence  # noqa: E402
 import evidence_figures  # noqa: E402
+import evidence_instead  # noqa: E402
 import published  # noqa: E402
 
 from gateskip.evaluation.results import read_runs  # noqa: E402
@@ -320,6 +321,58 @@ def test_a_damaged_file_stops_it(
     (results / "lab" / "damaged.json").write_text('{"bench": "lab"}')
     with pytest.raises(SystemExit, match=r"error: .*damaged\.json: \w+ is missing"):
         run(monkeypatch, results, tmp_path / "docs" / "evidence.md")
+
+
+def test_alternatives_are_held_against_gates_that_are_as_fast(results: Path) -> None:
+    gates = [(0.25, 1.5, 0.6), (0.0, 1.0, 0.9), (0.15, 1.2, 0.84)]
+    for speed, how, figure in (
+        (0.9, "faster at 0 % saved, 1.00×", 0.9),
+        (1.1, "as fast at 7.5 % saved", 0.87),
+        (1.2, "as fast at 15 % saved", 0.84),
+        (1.35, "as fast at 20 % saved", 0.72),
+        (2.0, "never as fast: 1.50× at 25 % saved", 0.6),
+    ):
+        found = evidence_instead.at_speed(gates, speed)
+        assert found == (how, pytest.approx(figure)), speed
+    write(
+        results, "int8", method="int8", saved_macs=0.0, seed=0, accuracy=0.91, loss=0.2,
+        realised_macs=0.0, prefill_speedup=1.2, decode_speedup=0.5, kernel_decode_speedup=3.0,
+    )  # fmt: skip
+    text = evidence.page(read_runs(results))
+    lines = [line for line in text.splitlines() if line.startswith("| accuracy | `int8` |")]
+    prefill = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    assert prefill[2:6] == ["0 %", "prefill", "1.20×", "91.0 – (1)"]
+    assert len(lines) == 1, "gates' decoding was not timed"
+    assert prefill[7].startswith("as fast at 20 % saved"), "1 + saving"
+    assert not evidence_instead.section([])
+
+
+def test_sizes_and_curves(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"config": {"variant": "03m", "size": "03m"}, "loss": 0.2}
+    for seed in range(2):
+        same = {"seed": seed, "saved_macs": 0.15}
+        control = small | {"method": "control", "saved_macs": 0.0, "accuracy": 0.7}
+        write(results, f"c{seed}", seed=seed, **control)
+        write(results, f"g{seed}", **same, **small, method="gateskip", accuracy=0.35)
+        write(
+            results, f"r{seed}", **same, method="calm", accuracy=0.5, loss=1.0,
+            curve=[[10, 2.0 + seed], [20, 1.0]] + [[30, 0.5]] * seed, accuracy_full_budget=0.66,
+        )  # fmt: skip
+    text = evidence.page(read_runs(results))
+    lines = text[text.index("### Sizes") :].splitlines()[2:]
+    assert lines[0] == "| saved | method | as above | 03m |"
+    assert [line.split(" | ")[1:2] for line in lines[2:4]] == [["`control`"], ["`gateskip`"]]
+    assert "35.0 [35.0, 35.0] (2)" in lines[3]
+    assert "| `gateskip` | 03m |" not in text, "no ablation"
+    assert row(text, "`calm`", 2)[2] == "66.0"
+    data = evidence.figures(read_runs(results))["evidence_curves_lab.svg"]
+    assert data == {"15 %": {"calm": [(10.0, 2.5), (20.0, 1.0)]}}
+    page = tmp_path / "docs" / "evidence.md"
+    run(monkeypatch, results, page)
+    run(monkeypatch, results, page, "--check")
+    assert "(figures/evidence_curves_lab.svg)" in page.read_text()
+    drawing = ElementTree.parse(page.parent / "figures" / "evidence_curves_lab.svg").getroot()
+    assert "15 % saved" in " ".join(drawing.itertext())
 
 
 def test_points_have_realised_savings(results: Path) -> None:

@@ -106,13 +106,22 @@ def test_runs_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(lab, "FIT_PROBLEMS", 12)
     monkeypatch.setattr(lab, "LOSS_PROBLEMS", 10)
     out = tmp_path / "results" / "lab"
-    names = ("gateskip", "control", "shortgpt", "mixture_of_depths", "skipgpt", "gate_norm")
-    given = [str(out), *SMALL, "--work", str(tmp_path / "work"), "--models", str(tmp_path / "m")]
+    small = lab_model.build("03m", 0)
+    small.save_pretrained(tmp_path / "small")
+    names = (
+        "gateskip", "control", "shortgpt", "mixture_of_depths", "skipgpt", "gate_norm", "int8",
+        "smaller",
+    )  # fmt: skip
+    given = [
+        str(out), *SMALL, "--work", str(tmp_path / "work"), "--models", str(tmp_path / "m"),
+        "--smaller", str(tmp_path / "small"),
+    ]  # fmt: skip
     lab.main([*given, "--methods", *names, "--saved", "0.5", "0.0"])
     files = {path.name: json.loads(path.read_text()) for path in out.iterdir()}
     assert set(files) == {
         "gateskip_50_s0.json", "gateskip_0_s0.json", "control_0_s0.json", "shortgpt_50_s0.json",
         "mixture_of_depths_50_s0.json", "skipgpt_50_s0.json", "gate_norm_50_s0.json",
+        "int8_0_s0.json", "smaller_0_s0.json",
     }  # fmt: skip
     gone = files.pop("gate_norm_50_s0.json")  # attentions are not half of the model
     assert "floor" in gone["config"]["unreachable"]
@@ -121,7 +130,9 @@ def test_runs_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert found["bench"] == "lab"
         assert 0.0 <= found["accuracy"] <= 1.0
         assert found["loss"] > 0.0
-        if found["saved_macs"]:
+        if name == "smaller_0_s0.json":  # 6 of 8 layers, each two thirds as wide
+            assert found["saved_macs"] == pytest.approx(1 - 6 / 8 * (64 / 96) ** 2, abs=0.05)
+        elif found["saved_macs"]:
             assert found["realised_macs"] == pytest.approx(0.5, abs=0.06), name
     # In both of its stages, and from the first routed layer on.
     assert [stage["backbone"] for stage in files["skipgpt_50_s0.json"]["config"]["training"]] == [
@@ -134,12 +145,23 @@ def test_runs_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     # And what was kept is timed.
     monkeypatch.setattr(timing, "NEW", 3)
     monkeypatch.setattr(timing, "WINDOWS", 1)
-    timing.main([str(out), str(tmp_path / "m"), "--batch", "2", "--repeats", "1"])
-    for name in ("gateskip_50_s0", "shortgpt_50_s0"):
+    timing.main([
+        str(out), str(tmp_path / "m"), "--batch", "2", "--repeats", "1", "--smaller",
+        str(tmp_path / "small"),
+    ])  # fmt: skip
+    plain = ("shortgpt_50_s0", "int8_0_s0", "smaller_0_s0")
+    for name in ("gateskip_50_s0", "gateskip_0_s0", *plain):
         found = json.loads((out / f"{name}.json").read_text())
         assert found["prefill_speedup"] > 0.0
         assert found["decode_speedup"] > 0.0
-    assert found["timing"]["exported"]  # the last one, of a static method
+        assert found["timing"].get("plain", False) == (name in plain), name
+        assert (found.get("kernel_decode_speedup", 0.0) > 0.0) == (name in plain), name
+    control, int8 = (
+        json.loads((out / f"{name}_0_s0.json").read_text()) for name in ("control", "int8")
+    )
+    assert int8["loss"] == pytest.approx(control["loss"], rel=0.2, abs=2e-4)  # the same, in 8 bits
+    assert int8["loss"] != control["loss"]
+    assert len(read_runs(tmp_path / "results")) == 9
     gates = json.loads((out / "gateskip_50_s0.json").read_text())
     assert gates["timing"]["prefill_macs_saved"] == pytest.approx(0.5, abs=0.2)
     assert "timing" not in json.loads((out / "control_0_s0.json").read_text())

@@ -549,6 +549,43 @@ def test_exits_from_none_to_all(measure: str) -> None:
     assert trace.ledger.skip_rate == pytest.approx(15 / 16 * 3 / 4)
 
 
+@torch.no_grad()
+def test_thresholds_of_exits_fall_with_the_place() -> None:
+    ids, (decay, horizon) = random_ids(1, 64), (8.0, 16)
+    model = applied("calm", decay=decay, horizon=horizon)
+    state, dense = state_of(model), tiny()
+    h = dense(ids, output_hidden_states=True).hidden_states[1]
+    top = dense.lm_head(dense.model.norm(h)).softmax(-1)[0].topk(2).values
+    sure = top[:, 0] - top[:, 1]
+    level = float(sure.median())
+    place = torch.arange(1, 65)
+
+    def leaves(fall: float) -> Tensor:
+        found = sure >= 0.9 * level + 0.1 * (-fall * place / horizon).exp()
+        found[0] = False  # the first token is protected
+        return found
+
+    with (
+        override(state, thresholds=dict.fromkeys(state.branches, -level)),
+        gateskip.trace(model) as trace,
+    ):
+        model(ids)
+    assert torch.equal(~trace.keep[1, "attention"][0][0], leaves(decay))
+    assert not torch.equal(leaves(decay), leaves(0.0))
+    assert not torch.equal(leaves(decay), leaves(-decay))
+
+
+def test_exits_under_a_bound_on_the_loss() -> None:
+    model = applied("calm")
+    texts = [random_ids(1, 20, seed=500 + n) for n in range(120)]
+    report = gateskip.control_risk(model, texts, max_loss_increase=0.5, confidence=0.9)
+    assert report.met
+    assert report.budget.value < 1.0
+    assert state_of(model).default_budget == report.budget
+    strict = gateskip.control_risk(model, texts, min_agreement=0.95, confidence=0.9)
+    assert not strict.met
+
+
 def asked(model: Any, ids: Tensor) -> tuple[int, Any]:
     """(rows that reached the LM head of an exit rule, the trace) of a call at a budget."""
     rows, rule = [0], cast(Any, rule_of(state_of(model)))
@@ -759,6 +796,56 @@ def test_rows_without_labels_have_no_distance(tmp_path: Path) -> None:
         assert logged[0][name] == pytest.approx(expected[0][name], rel=1e-4), name
 
 
+def test_deeper_layers_are_dropped_more_often() -> None:
+    from gateskip.skipping.quantile import RowDropout
+    from gateskip.training.thresholds import OwnThresholds
+
+    model = applied("layerskip")
+    options = methods.METHODS.get("layerskip")(layer_dropout=0.4).training(model, 0.75)
+    found = OwnThresholds(model, options).now({})["thresholds"]
+    rates = [found[layer, "attention"].rate for layer in range(4)]
+    assert rates == pytest.approx([0.4 * (2 ** (layer / 3) - 1) for layer in range(4)])
+    assert all(found[layer, "mlp"].rate == rate for layer, rate in enumerate(rates))
+    assert OwnThresholds(model, options).now(None) == {}, "not while evaluating"
+    torch.manual_seed(0)
+    free = torch.ones(20_000, 1, dtype=torch.bool)
+    gone = RowDropout(0.3).threshold(torch.zeros(20_000, 1), free, free) >= OFF
+    assert float(gone.float().mean()) == pytest.approx(0.3, abs=0.01)
+
+
+def test_trained_at_random_is_stochastic_depth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gateskip.training.objective import SkipMeter
+
+    kept: list[Tensor] = []
+    plain = SkipMeter.record
+    monkeypatch.setattr(
+        SkipMeter, "record",
+        lambda self, call: (kept.append(call.keep[2, "mlp"]), plain(self, call))[1],
+    )  # fmt: skip
+    model = applied("random")
+    state = state_of(model)
+    rows = [{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in random_ids(4, 32)]
+    options = gateskip.GateSkipTrainingConfig(
+        backbone="full", budget_start=0.7, budget_end=0.7, schedule="constant",
+        train_compensation=False,
+    )  # fmt: skip
+    found, _ = trained(model, options, tmp_path, steps=3, rate=1e-4, rows=rows)
+    assert len(kept) == 3
+    for one, other in itertools.combinations(kept, 2):
+        assert not torch.equal(one, other), "every step draws anew"
+    assert all(torch.equal(each[0], each[1]) for each in kept), "by place alone"
+    ids = random_ids(2, 32)
+    with torch.no_grad(), gateskip.budget(found, compute=0.7):
+        with gateskip.trace(found) as first:
+            found(ids)
+        with gateskip.trace(found) as again:
+            found(ids)
+    assert torch.equal(first.keep[2, "mlp"][0], again.keep[2, "mlp"][0])
+    assert state.config.seed == 0
+
+
 def test_skipgpt_adapts_the_model_afterwards() -> None:
     model = applied("skipgpt")
     (first, routers), (second, adapts) = methods.METHODS.get("skipgpt")().stages(model, 0.7)
@@ -773,6 +860,7 @@ def test_losses_of_all_layers(tmp_path: Path) -> None:
     from gateskip.training.exit_loss import exit_weights
 
     assert exit_weights("weighed", 3, 0) == pytest.approx([1 / 6, 2 / 6, 3 / 6])
+    assert exit_weights("rotating", 4, 5) == pytest.approx([0.0, 0.2 / 3.8, 0.0, 3.6 / 3.8])
     turns = [exit_weights("rotating", 9, step) for step in range(4)]
     assert all(sum(turn) == pytest.approx(1.0) and turn[-1] > 0.0 for turn in turns)
     assert {i for turn in turns for i, weight in enumerate(turn) if weight} == set(range(1, 9))

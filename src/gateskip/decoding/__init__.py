@@ -12,6 +12,7 @@ from gateskip.decoding.scheduled import Moment, by_entropy, by_position, generat
 from gateskip.decoding.speculative import generate_speculative
 from gateskip.decoding.stats import DecodingStats
 from gateskip.decoding.stitched import generate_stitched
+from gateskip.decoding.synchronised import generate_synchronised
 from gateskip.decoding.tuning import TunedDraft, tune_draft
 from gateskip.decoding.view import draft_view
 
@@ -31,5 +32,6 @@ __all__ = [
     "generate_scheduled",
     "generate_speculative",
     "generate_stitched",
+    "generate_synchronised",
     "tune_draft",
 ]

@@ -71,6 +71,9 @@ class Decoder(Protocol):
     def step(self, rows: Sequences) -> Step:
         """Feed tokens, the rows' last ones first, and say what follows them."""
 
+    def end(self, rows: Sequences) -> None:
+        """Leave the cache as it is to be gone on with; called where somebody will have it."""
+
 
 def run(
     model: nn.Module,
@@ -113,6 +116,7 @@ def run(
             "of them out."
         )
     streamer = given.get("streamer")
+    kept = cached or bool(_setting(inner, given, "return_dict_in_generate", False))
 
     def loop(
         model: Any,
@@ -123,7 +127,7 @@ def run(
         **more: Any,
     ) -> Any:
         return _loop(model, input_ids, decoder, stats, streamer, logits_processor,
-                     stopping_criteria, generation_config, more)  # fmt: skip
+                     stopping_criteria, generation_config, more, kept)  # fmt: skip
 
     return inner.generate(inputs, custom_generate=loop, **given)
 
@@ -178,6 +182,7 @@ def _loop(
     criteria: Any,
     config: Any,
     more: dict[str, Any],
+    cache_is_kept: bool,
 ) -> Any:
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
@@ -189,11 +194,11 @@ def _loop(
     wants = bool(config.return_dict_in_generate)
     kept = _Kept(rows.batch, wants and config.output_scores, wants and config.output_logits)
     logits = rows.prefill(decoder.prompt, getattr(config, "prefill_chunk_size", None))
-    scores = rows.scores(logits)
-    decoder.begin(rows, logits[:, -1])
-    first = [[int(token)] for token in rows.choose(scores)[:, 0]]
-    _take(rows, Step(first, scores, logits), criteria, streamer, kept)
     try:
+        scores = rows.scores(logits)
+        decoder.begin(rows, logits[:, -1])
+        first = [[int(token)] for token in rows.choose(scores)[:, 0]]
+        _take(rows, Step(first, scores, logits), criteria, streamer, kept)
         while not all(rows.done):
             before = stats.new_tokens
             step = decoder.step(rows)
@@ -202,6 +207,8 @@ def _loop(
             stats.new_tokens = before + sum(counts)
             most = max(counts)  # of rows that go on; the others' columns do not matter
             rows.commit([n or most for n in counts])
+        if cache_is_kept and not rows.moved:
+            decoder.end(rows)
     finally:
         rows.end()
         if streamer is not None:

@@ -143,6 +143,9 @@ class Scheduled:
         """Remember how sure the prompt's model was."""
         self.first, self.entropy = rows.lengths[0], normalised_entropy(logits_BV)
 
+    def end(self, rows: Sequences) -> None:
+        """Nothing is left to do."""
+
     def step(self, rows: Sequences) -> Step:
         """Ask, decode."""
         length = max(rows.lengths)

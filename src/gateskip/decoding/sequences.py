@@ -94,6 +94,17 @@ class Sequences:
         places = torch.tensor(self.lengths, device=self.ids.device)[:, None] - 1
         return self.ids.gather(1, places)
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether the cache forgets old tokens."""
+        return any(getattr(part, "is_sliding", False) for part in self.cache.layers)
+
+    def last_tokens(self, count: int) -> Tensor:
+        """Every row's last tokens, ``[B, count]``; of a row that has ended they do not matter."""
+        ends = torch.tensor(self.lengths, device=self.ids.device)[:, None]
+        steps = torch.arange(-count, 0, device=self.ids.device)
+        return self.ids.gather(1, (ends + steps).clamp(min=0))
+
     def row(self, row: int) -> Tensor:
         """A row's tokens so far, ``[1, L]``."""
         return self.ids[row : row + 1, : self.lengths[row]]

@@ -89,6 +89,9 @@ class Speculative:
     def begin(self, rows: Sequences, logits_BV: Tensor) -> None:
         """Nothing to know."""
 
+    def end(self, rows: Sequences) -> None:
+        """Nothing is left to do."""
+
     def step(self, rows: Sequences) -> Step:
         """One draft and its check."""
         wanted = self.length.wanted(self.drafter.cost(rows))

@@ -17,6 +17,7 @@ class DecodingStats:
             that came out of them, in all rows.
         draft_calls: calls of the draft policy. drafted, accepted: tokens that were checked, and
             found right.
+        exits: tokens that came out of the first layers.
         discarded: tokens decoded and thrown away. refreshed: cached tokens computed again.
         switches: changes between the cheap and the full policy.
     """
@@ -26,6 +27,7 @@ class DecodingStats:
     draft_calls: int = 0
     drafted: int = 0
     accepted: int = 0
+    exits: int = 0
     discarded: int = 0
     refreshed: int = 0
     switches: int = 0

@@ -118,6 +118,9 @@ class Stitched:
         self.is_full = [False] * rows.batch
         self.stale = rows.prefilled if self.cheap_prompt else 0
 
+    def end(self, rows: Sequences) -> None:
+        """Nothing is left to do."""
+
     def step(self, rows: Sequences) -> Step:
         """A token of every row, decoded again where it is not certain."""
         logits = rows.forward(rows.last_B1, self._policy())

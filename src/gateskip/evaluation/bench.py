@@ -11,12 +11,9 @@ batch 1, the LM head counted on both sides.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +27,7 @@ from gateskip.config import Budget
 from gateskip.errors import ConfigError
 from gateskip.evaluation.header import run_header
 from gateskip.execution.api import dense, execution, trace
-from gateskip.execution.timing import clock, decode, keep_freed_memory, prefill
+from gateskip.execution.timing import clock, decode, keep_freed_memory, peak_rss, prefill
 from gateskip.fitting.passes import eval_mode
 from gateskip.skipping.ledger import Ledger
 from gateskip.skipping.state import override, state_of
@@ -176,23 +173,6 @@ def _time_static_decode(model: Any, runner: Any, ids: Tensor, prompt: int) -> fl
     return clock(steps, ids)
 
 
-def _peak_rss(step: Callable[[], Any]) -> int | None:
-    """Peak resident bytes of one run, where Linux lets the mark be reset; None elsewhere."""
-    mark = Path("/proc/self/clear_refs")
-    if not mark.exists():
-        return None
-    if not os.access(mark, os.W_OK):
-        return None
-    with contextlib.suppress(OSError):  # give back what is free, so that it is not counted
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    mark.write_text("5")
-    step()
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
 def _ledger(model: Any, arm: _Arm, phase: str, ids: Tensor, prompt: int) -> tuple[Ledger, int]:
     """What the arm computes over all windows, from traced passes that are not timed."""
     full = Budget(keep=1.0)
@@ -255,7 +235,7 @@ def _row(
         "seconds_iqr": quartiles[2] - quartiles[0],
         "speedup_vs_dense": speedup,
         "efficiency": speedup / saved,
-        "peak_rss_bytes": _peak_rss(run),
+        "peak_rss_bytes": peak_rss(run),
     }
 
 

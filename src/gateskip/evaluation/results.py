@@ -6,8 +6,10 @@ A run is one JSON object in ``<results>/<bench>/``:
 ``saved_macs`` (share of decoder MACs that was to be saved), ``accuracy`` and ``loss`` (or null),
 ``seconds`` of training (or null), ``config`` (with ``variant`` where it is an ablation) and
 ``versions``; optionally ``realised_macs``, ``skip_rate``, ``questions``, ``prefill_speedup``,
-``decode_speedup``, ``peak_memory_mb``, ``dense_accuracy``, ``collapsed`` and ``curve``, a list of
-``[step, loss]``. Other keys are left alone.
+``decode_speedup``, ``kernel_decode_speedup`` (of a plain model on our kernels), ``peak_memory_mb``,
+``dense_accuracy``, ``accuracy_full_budget`` (of what was trained for the saving, with nothing
+skipped), ``collapsed`` and ``curve``, a list of ``[step, loss]``. Other keys are left
+alone.
 
 A file with ``"trained": false`` and ``rows`` of ``gateskip eval`` holds one method at several
 savings without training: its rows are runs of the bench ``<bench>_untrained``, the dense row once
@@ -40,6 +42,7 @@ __all__ = [
     "CONTROL",
     "DENSE",
     "GATES",
+    "INSTEAD",
     "METRICS",
     "Comparison",
     "Run",
@@ -57,6 +60,9 @@ UNTRAINED: Final = "_untrained"
 GATES: Final = "gateskip"
 #: Methods that compute everything; their saving is 0.
 CONTROL, DENSE = "control", "dense"
+#: What a user would do instead of skipping: 8-bit weights, a smaller model. They compute all of
+#: what they are, and are held against gates at equal time, not at equal savings.
+INSTEAD: Final = ("int8", "smaller")
 #: The first is better the higher, the second the lower.
 METRICS: Final = ("accuracy", "loss")
 MOST = 1e-9  # rounding of what should be equal
@@ -90,8 +96,10 @@ class Run:
     questions: int | None = None
     prefill_speedup: float | None = None
     decode_speedup: float | None = None
+    kernel_decode_speedup: float | None = None
     peak_memory_mb: float | None = None
     dense_accuracy: float | None = None
+    accuracy_full_budget: float | None = None
     collapsed: bool = False
     curve: tuple[tuple[float, float], ...] = ()
 
@@ -242,8 +250,10 @@ def _run(fields: _Fields, bench: str) -> Run:
         questions=None if questions is None else fields.whole("questions", 1),
         prefill_speedup=fields.optional("prefill_speedup", 0.0),
         decode_speedup=fields.optional("decode_speedup", 0.0),
+        kernel_decode_speedup=fields.optional("kernel_decode_speedup", 0.0),
         peak_memory_mb=fields.optional("peak_memory_mb", 0.0),
-        dense_accuracy=fields.optional("dense_accuracy", 0.0, 1.0), collapsed=collapsed,
+        dense_accuracy=fields.optional("dense_accuracy", 0.0, 1.0),
+        accuracy_full_budget=fields.optional("accuracy_full_budget", 0.0, 1.0), collapsed=collapsed,
         curve=tuple((float(step), float(loss)) for step, loss in curve),
     )  # fmt: skip
 
@@ -387,11 +397,11 @@ def difference(one: Summary, other: Summary, metric: str) -> PairedDifference | 
 def comparisons(found: Sequence[Summary], bench: str, metric: str) -> list[Comparison]:
     """Gates against every method of a bench, first those that skip, then control and dense.
 
-    Ablations are left out.
+    Ablations are left out, and what a user would do instead.
     """
     known = [s for s in found if s.bench == bench and not s.variant and s.of(metric) is not None]
     gates = [s for s in known if s.method == GATES]
-    others = [s for s in known if s.method not in (GATES, CONTROL, DENSE)]
+    others = [s for s in known if s.method not in (GATES, CONTROL, DENSE, *INSTEAD)]
     full = [s for s in known if s.method in (CONTROL, DENSE) and s.saved_macs == 0.0]
     skipping = [(g, o) for g in gates for o in others if g.saved_macs == o.saved_macs]
     return _family(skipping, metric) + _family([(g, o) for g in gates for o in full], metric)

@@ -153,6 +153,8 @@ class Branch:
         if importance == "random":
             return call.decide(self.key, random_score(call.visible_keys(), self.key, call.seed))
         if importance == "rule":
+            if call.known:  # a rule may be as dear as an LM head
+                return call.decide(self.key, h_BTH.new_zeros(h_BTH.shape[:2]))
             with torch.no_grad():
                 return call.decide(self.key, rule_of(call.state).score(self.key, h_BTH, call))
         with torch.no_grad():

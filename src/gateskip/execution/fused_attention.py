@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from gateskip import kernels
-from gateskip.execution.grid import Grid
+from gateskip.execution.grid import Grid, attend_rows
 from gateskip.execution.inputs import AttentionInputs
 from gateskip.retrofit.devices import comes_and_goes
 from gateskip.retrofit.families import FamilySpec
@@ -115,15 +115,13 @@ def attend(
     target_BL = torch.where(grid.real_BL, grid.slots_BL, -1)
     out_NE = torch.empty_like(q_NE)
     out_NE[kept_N.shape[0] :].zero_()
-    options = {"scale": attention.scaling, "enable_gqa": heads != kv_heads}
+    group, scale = heads // kv_heads, attention.scaling
     if grid.causal:
-        o = scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+        o = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=group > 1)
         gather_heads(o, out_NE, target_BL)
         return attention.o_proj(out_NE)
-    for begin, end, seen, mask in grid.blocks(mask_rows, k.shape[2], q.dtype):
-        o = scaled_dot_product_attention(
-            q[:, :, begin:end], k[:, :, :seen], v[:, :, :seen], mask, **options
-        )
+    for begin, end, seen, mask in grid.blocks(mask_rows, k.shape[2], q.dtype, group):
+        o = attend_rows(q[:, :, begin:end], k[:, :, :seen], v[:, :, :seen], mask, scale)
         gather_heads(o, out_NE, target_BL[:, begin:end].contiguous())
     return attention.o_proj(out_NE)
 

@@ -5,15 +5,18 @@ Shapes: B rows, T tokens.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["clock", "decode", "keep_freed_memory", "prefill"]
+__all__ = ["clock", "decode", "keep_freed_memory", "peak_rss", "prefill"]
 
 
 def prefill(runner: Any, ids: Tensor, prompt: int) -> Any:
@@ -55,3 +58,20 @@ def keep_freed_memory() -> bool:
     trim, top_pad, mmap_threshold = -1, -2, -3
     wanted = ((trim, 2**31 - 1), (top_pad, 64 << 20), (mmap_threshold, 32 << 20))
     return all([library.mallopt(name, value) == 1 for name, value in wanted])
+
+
+def peak_rss(step: Callable[[], Any]) -> int | None:
+    """Peak resident bytes of one run, where Linux lets the mark be reset; None elsewhere."""
+    mark = Path("/proc/self/clear_refs")
+    if not mark.exists():
+        return None
+    if not os.access(mark, os.W_OK):
+        return None
+    with contextlib.suppress(OSError):  # give back what is free, so that it is not counted
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    mark.write_text("5")
+    step()
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None

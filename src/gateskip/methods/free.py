@@ -6,8 +6,9 @@ is sure after the shallow layers leaves.
 
 Ours versus the paper: who has left gives deeper layers keys and values from the state it left with,
 as in CALM. The paper computes them exactly, together with the next token that stays: the same MACs
-as without exits but for a sequence's end, so what it saves is time, which is a decoder's matter.
-Thresholds are calibrated, not estimated from a mixture of Betas while decoding.
+as without exits but for a sequence's end, so what it saves is time. That is a decoder,
+``gateskip.generate_synchronised``. Thresholds are calibrated, not estimated from a mixture of Betas
+while decoding.
 """
 
 from __future__ import annotations

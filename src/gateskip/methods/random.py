@@ -1,7 +1,8 @@
 """Random skipping: the null that every method has to beat.
 
 A token's score is a hash of its place and the branch, so it is the same in prefill and decoding,
-alone and in a batch. Trained with, it is a stochastic-depth model (Huang et al., 1603.09382).
+alone and in a batch. Training draws another hash for every step, which makes a stochastic-depth
+model of it (Huang et al., 1603.09382).
 """
 
 from __future__ import annotations

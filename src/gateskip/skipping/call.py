@@ -8,6 +8,8 @@ that recomputation under gradient checkpointing replays them.
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import torch
@@ -63,6 +65,8 @@ class Call:
         self.batch, self.new, self.past = batch, new, past
         self.device, self.alike = device, alike
         self.ungated = over.ungated
+        #: Of random skipping.
+        self.seed: int = state.config.seed if over.seed is None else over.seed
         thresholds = None if over.ungated else over.thresholds
         if thresholds is None and not over.ungated:
             budget = effective_budget(state)
@@ -106,14 +110,20 @@ class Call:
         self.single = one and device.type == "cpu"
 
     @property
-    def seed(self) -> int:
-        """Seed of the gates' config."""
-        return self.state.config.seed
-
-    @property
     def decides(self) -> bool:
         """False when everything is kept and the dense modules run as they are."""
         return self.thresholds is not None or self.forced is not None
+
+    @functools.cached_property
+    def known(self) -> bool:
+        """Whether thresholds alone say who is skipped: everyone or nobody, branch by branch."""
+        if self.scores is not None or self.forced is not None or self.held is not None:
+            return False
+        assert self.thresholds is not None
+        return all(
+            not isinstance(t, FromBatch | Tensor) and (t >= OFF or t == -math.inf)
+            for t in self.thresholds.values()
+        )
 
     @property
     def valid_N(self) -> Tensor | None:

@@ -162,6 +162,7 @@ class Override:
         generating: within ``generate``, whose ready-made masks are causality and padding.
         controller: moves thresholds so that a budget is held (BudgetController).
         ungated: every layer runs as the dense model's, whatever the budget.
+        seed: of random skipping, instead of the config's.
     """
 
     budget: Budget | RowBudgets | None = None
@@ -175,6 +176,7 @@ class Override:
     generating: bool = False
     controller: Any = None
     ungated: bool = False
+    seed: int | None = None
 
 
 _OVERRIDES: contextvars.ContextVar[Mapping[GateSkipState, Override]] = contextvars.ContextVar(

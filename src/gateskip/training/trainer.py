@@ -37,7 +37,7 @@ from gateskip.training.checkpoints import (
 from gateskip.training.checks import check_combination, check_thresholds
 from gateskip.training.config import GateSkipTrainingConfig
 from gateskip.training.dataset import Collator, SeededLengths, TokenDataset
-from gateskip.training.exit_loss import exit_weights, layer_distance
+from gateskip.training.exit_loss import exit_loss
 from gateskip.training.head_loss import head_loss
 from gateskip.training.objective import GateObjective, SkipMeter, labelled, rates_of
 from gateskip.training.penalty import BY_MEAN, GateMeans
@@ -48,6 +48,7 @@ from gateskip.training.thresholds import OwnThresholds, keep_learned
 __all__ = ["GateSkipMixin", "GateSkipTrainer"]
 
 ARGUMENTS_FILE = "training_args.bin"
+SEEDS = 1_009  # between those of two steps
 
 
 class GateSkipMixin:
@@ -279,10 +280,17 @@ class GateSkipMixin:
         meter = self._meter if training else None
         if training and self.gateskip_args.learn_from_skipped:
             own["execution"] = "masked"
+        if training and state_of(self._gated).config.importance == "random":
+            own["seed"] = self._random_seed()
         with override(
             state_of(self._gated), budget=budget, objective=objective, recorder=meter, **own
         ):
             yield
+
+    def _random_seed(self) -> int:
+        """Another one for every step: what learns is a model of stochastic depth, and not one that
+        knows which places are skipped."""
+        return state_of(self._gated).config.seed + SEEDS * (self.state.global_step + 1)
 
     def _keeps(self) -> dict[str, Budget]:
         """Budgets of this step by branch kind."""
@@ -334,20 +342,12 @@ class GateSkipMixin:
             out = decoder(**given, use_cache=False, output_hidden_states=True)
             states = [norm(h[:, :-1][chosen_BT]) for h in out.hidden_states[1:-1]]
             states.append(out.last_hidden_state[:, :-1][chosen_BT])
-            config = self.gateskip_args
-            weights = exit_weights(
-                config.exit_loss, len(states), self.state.global_step, config.exit_layers
+            total, distance = exit_loss(
+                head, states, target_N, self.gateskip_args, self.state.global_step
             )
-            asked = [(h, w) for h, w in zip(states, weights, strict=True) if w]
-            # At once, so that the head's gradient is kept once.
-            total, _, _ = head_loss(
-                head, torch.cat([h for h, _ in asked]), target_N.repeat(len(asked)),
-                weight_N=torch.cat([h.new_full(h.shape[:1], w).float() for h, w in asked]),
-            )  # fmt: skip
-            if config.exit_distill and target_N.shape[0]:
-                distance = layer_distance(states, config.exit_layers) * target_N.shape[0]
-                self._note("exit_distillation", distance / n)
-                total = total + config.exit_distill * distance
+        if distance is not None:
+            self._note("exit_distillation", distance / n)
+            total = total + self.gateskip_args.exit_distill * distance
         self._note("exit_loss", total / n)
         return total / n
 
