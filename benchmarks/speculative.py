@@ -30,7 +30,7 @@ from gateskip.config import Budget
 from gateskip.data import Sample, encode, read_texts
 from gateskip.decoding import ExitLayer, LookupDraft
 from gateskip.decoding.policies import as_policy
-from gateskip.errors import GateSkipError
+from gateskip.errors import DataError, GateSkipError
 from gateskip.evaluation.header import run_header
 from gateskip.execution.memory import rewind
 from gateskip.execution.timing import keep_freed_memory
@@ -74,11 +74,21 @@ def rows_of(where: str) -> list[Any]:
 
 
 def prompts_of(where: str, tokenizer: Any, count: int, length: int) -> list[torch.Tensor]:
-    """Id tensors ``[1, T]``."""
-    samples = encode(rows_of(where), tokenizer, 2048)
-    found = [_cut(sample, length) for sample in samples]
-    step = max(len(found) // count, 1)
-    return [ids[None] for ids in found[::step][:count]]
+    """Id tensors ``[1, T]``, spread over all rows; a long text gives several.
+
+    Raises:
+        DataError: too few rows, or too short a text.
+    """
+    samples = encode(rows_of(where), tokenizer, 1 << 20)
+    if len(samples) < count:
+        ids = torch.cat([sample.ids for sample in samples])
+        starts = range(0, ids.shape[0] - length, max((ids.shape[0] - length) // count, 1))
+        found = [ids[at : at + length] for at in starts]
+    else:
+        found = [_cut(sample, length) for sample in samples[:: len(samples) // count]]
+    if len(found) < count:
+        raise DataError(f"{where} has {len(found)} prompts; give at most that many to --prompts.")
+    return [ids[None] for ids in found[:count]]
 
 
 def _cut(sample: Sample, length: int) -> torch.Tensor:

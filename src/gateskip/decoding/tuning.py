@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.generation.streamers import BaseStreamer
 
 from gateskip.data import Sample, encode
 from gateskip.decoding.drafts import as_drafter
@@ -20,6 +21,7 @@ from gateskip.errors import ConfigError, DataError
 from gateskip.execution.api import trace
 from gateskip.retrofit.attach import inner_model
 from gateskip.retrofit.devices import device_of
+from gateskip.skipping.ledger import Ledger
 from gateskip.skipping.state import state_of
 
 __all__ = ["TriedDraft", "TunedDraft", "tune_draft"]
@@ -32,8 +34,10 @@ class TriedDraft:
     Attributes:
         settings: arguments of ``generate_speculative``; empty: plain decoding. In JSON what is
             neither a number nor a word is told by its ``repr``.
-        seconds_per_token: median over repeats, prompt included. speedup: plain over this.
-        acceptance, tokens_per_pass: of the drafts. macs: decoder MACs over plain decoding's.
+        seconds_per_token: of decoding, the prompt's pass and the token after it apart; median over
+            repeats. speedup: plain over this.
+        acceptance, tokens_per_pass: of the drafts. macs: decoder MACs over plain decoding's,
+            likewise.
         same: share of prompts whose tokens are plain decoding's.
     """
 
@@ -127,15 +131,15 @@ def tune_draft(
     stats = [DecodingStats() for _ in arms]
     macs = [0.0] * len(arms)
     for at, settings in enumerate(arms):  # not timed: kernels compile, and the ledger is kept
-        with trace(inner) as traced:
-            outputs[at] = _pass(inner, ids, settings, new_tokens, stats[at])
-        macs[at] = traced.ledger.macs_spent
+        for row in ids:
+            with trace(inner) as traced:
+                outputs[at].append(_decoded(inner, row, settings, new_tokens, stats[at])[0])
+            macs[at] += Ledger.of(traced.calls[1:]).macs_spent
     for _ in range(repeats):
         for at, settings in enumerate(arms):
-            started = time.perf_counter()
-            made = _pass(inner, ids, settings, new_tokens, DecodingStats())
-            count = sum(out.shape[1] for out in made)
-            seconds[at].append((time.perf_counter() - started) / count)
+            made = [_decoded(inner, row, settings, new_tokens, DecodingStats()) for row in ids]
+            count = sum(out.shape[1] - 1 for out, _ in made)
+            seconds[at].append(sum(spent for _, spent in made) / max(count, 1))
     medians = [statistics.median(each) for each in seconds]
     return TunedDraft(tuple(
         TriedDraft(
@@ -153,21 +157,34 @@ def _prompt(sample: Sample) -> Tensor:
     return sample.ids[:first] if first > 1 else sample.ids
 
 
-def _pass(
-    model: Any, prompts: Iterable[Tensor], settings: dict[str, Any], new: int, stats: DecodingStats
-) -> list[Tensor]:
-    """New tokens of each prompt."""
-    found = []
-    for ids in prompts:
-        row = ids.reshape(1, -1).to(device_of(model))
-        common: dict[str, Any] = {
-            "attention_mask": torch.ones_like(row), "max_new_tokens": new, "do_sample": False,
-        }  # fmt: skip
-        if settings:
-            out = generate_speculative(model, row, stats=stats, **settings, **common)
-        else:
-            out = model.generate(row, **common)
-        if out.is_cuda:
-            torch.cuda.synchronize(out.device)
-        found.append(out[:, row.shape[1] :])
-    return found
+class _FirstToken(BaseStreamer):
+    """When the first new token came."""
+
+    def __init__(self) -> None:
+        self.seen, self.at = 0, 0.0
+
+    def put(self, value: Any) -> None:
+        self.seen += 1
+        if self.seen == 2:  # after the prompt
+            self.at = time.perf_counter()
+
+    def end(self) -> None:
+        """Nothing to do."""
+
+
+def _decoded(
+    model: Any, ids: Tensor, settings: dict[str, Any], new: int, stats: DecodingStats
+) -> tuple[Tensor, float]:
+    """(new tokens of a prompt, seconds from the first of them on)."""
+    row, first = ids.reshape(1, -1).to(device_of(model)), _FirstToken()
+    common: dict[str, Any] = {
+        "attention_mask": torch.ones_like(row), "max_new_tokens": new, "do_sample": False,
+        "streamer": first,
+    }  # fmt: skip
+    if settings:
+        out = generate_speculative(model, row, stats=stats, **settings, **common)
+    else:
+        out = model.generate(row, **common)
+    if out.is_cuda:
+        torch.cuda.synchronize(out.device)
+    return out[:, row.shape[1] :], time.perf_counter() - first.at
