@@ -31,8 +31,8 @@ from gateskip import methods
 from gateskip.data import encode
 from gateskip.errors import BudgetError, TrainingError
 from gateskip.evaluation.results import CONTROL, DENSE, INSTEAD
-from gateskip.methods.mixture_of_depths import capacity
 from gateskip.methods.static import Static
+from gateskip.skipping.capacity import capacity
 from gateskip.skipping.state import state_of
 from gateskip.training import GateSkipTrainer
 from gateskip.training.dataset import make_dataset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import sys
@@ -16,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from models import VOCAB, tiny
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
-sys.path[:0] = [str(EXPERIMENTS), str(EXPERIMENTS / "smollm2")]
+SMOLLM2 = EXPERIMENTS / "smollm2"
+sys.path[:0] = [str(EXPERIMENTS), str(SMOLLM2)]
 
 import trained  # noqa: E402
 
@@ -61,18 +63,22 @@ def places(tmp_path: Path) -> dict[str, Path]:
     return found
 
 
-def test_results_of_every_kind(places: dict[str, Path], tmp_path: Path) -> None:
+def test_results_of_every_kind(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "results" / "smollm2"
     given = [
         str(places["model"]), str(places["texts"]), str(places["eval"]), str(out), "--steps", "2",
         "--batch-size", "2", "--max-length", "48", "--loss-tokens", "600", "--limit", "4",
         "--seeds", "0", "--dtype", "float32", "--work", str(tmp_path / "work"), "--methods",
-        "dense", "control", "gateskip", "router_tuning", "--saved", "0.15", "0.0",
+        "dense", "control", "gateskip", "router_tuning", "int8", "--saved", "0.15", "0.0",
+        "--models", str(tmp_path / "m"),
     ]  # fmt: skip
     trained.main(given)
     files = {path.stem: json.loads(path.read_text()) for path in out.iterdir()}
     assert set(files) == {
         "dense_0_s0", "control_0_s0", "gateskip_0_s0", "gateskip_15_s0", "router_tuning_15_s0",
+        "int8_0_s0",
     }  # fmt: skip
     for name, found in files.items():
         assert set(found["tasks"]) == set(trained.QUESTIONS), name
@@ -87,4 +93,24 @@ def test_results_of_every_kind(places: dict[str, Path], tmp_path: Path) -> None:
     routers = files["router_tuning_15_s0"]["config"]
     assert routers["training"][0]["backbone"] == "frozen"
     assert routers["method"]["branches"] == ["attention"]
-    assert len(read_runs(tmp_path / "results")) == 5
+    assert len(read_runs(tmp_path / "results")) == 6
+    control, int8 = files["control_0_s0"]["loss"], files["int8_0_s0"]["loss"]
+    assert int8 == pytest.approx(control, rel=0.01)  # the same, in 8 bits
+    assert int8 != control
+    # What was kept is timed, each as what it is.
+    spec = importlib.util.spec_from_file_location("smollm2_timing", SMOLLM2 / "timing.py")
+    assert spec is not None
+    assert spec.loader is not None
+    timing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(timing)
+    for name, value in (("PROMPT", 16), ("NEW", 3), ("WINDOWS", 1)):
+        monkeypatch.setattr(timing, name, value)
+    timing.main([
+        str(out), str(tmp_path / "m"), str(places["model"]), "--repeats", "1", "--dtype", "float32",
+    ])  # fmt: skip
+    timed = {path.stem: json.loads(path.read_text()) for path in out.iterdir()}
+    assert {name for name, found in timed.items() if "timing" in found} == {
+        "gateskip_0_s0", "gateskip_15_s0", "router_tuning_15_s0", "int8_0_s0",
+    }  # fmt: skip
+    assert timed["int8_0_s0"]["kernel_decode_speedup"] > 0.0
+    assert timed["int8_0_s0"]["timing"]["prompt"] == 16

@@ -506,7 +506,7 @@ def test_routers_train_and_learn_to_predict(tmp_path: Path) -> None:
 
 def test_routers_cannot_save_more_than_their_layers() -> None:
     method = methods.METHODS.get("mixture_of_depths")(every=2)
-    with pytest.raises(BudgetError, match=r"save \d+% at most; set every=1"):
+    with pytest.raises(BudgetError, match=r"save \d+% at most; gate more"):
         method.training(applied("mixture_of_depths"), 0.4)
     with pytest.raises(ConfigError, match="form='retrofti'"):
         applied("mixture_of_depths", form="retrofti")

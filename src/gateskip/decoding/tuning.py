@@ -157,7 +157,7 @@ def _prompt(sample: Sample) -> Tensor:
     return sample.ids[:first] if first > 1 else sample.ids
 
 
-class _FirstToken(BaseStreamer):
+class _FirstToken(BaseStreamer):  # type: ignore[misc]
     """When the first new token came."""
 
     def __init__(self) -> None:

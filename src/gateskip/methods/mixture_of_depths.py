@@ -14,10 +14,9 @@ from torch import nn
 
 from gateskip.calibration.thresholds import calibrate
 from gateskip.config import one_of
-from gateskip.costs import net_share
-from gateskip.errors import BudgetError
 from gateskip.methods.base import Method, bare
-from gateskip.skipping.state import GateSkipState, state_of
+from gateskip.skipping.capacity import capacity
+from gateskip.skipping.state import state_of
 from gateskip.training.config import GateSkipTrainingConfig
 
 __all__ = ["MixtureOfDepths"]
@@ -62,23 +61,3 @@ class MixtureOfDepths(Method):
             train_gates=True, train_compensation=False, thresholds="sequence", budget_unit="keep",
             budget_start=keep, budget_end=keep, schedule="constant", auxiliary=self.auxiliary,
         )  # fmt: skip
-
-
-def capacity(state: GateSkipState, compute: float) -> float:
-    """C, the share of tokens that routed layers take, at a share of the dense MACs spent.
-
-    Raises:
-        BudgetError: routed layers cannot save that much.
-    """
-    assert state.policy is not None
-    costs, keys = state.costs(), state.policy.mean_keys
-    most, least = (
-        net_share(costs, dict.fromkeys(state.branches, keep), keys) for keep in (1.0, 0.0)
-    )
-    found = (compute - least) / (most - least)
-    if found <= 0.0:
-        raise BudgetError(
-            f"compute={compute:g}: routers in {len(state.branches) // 2} of {state.shape.layers} "
-            f"layers save {1.0 - least:.0%} at most; set every=1, or a larger budget."
-        )
-    return min(found, 1.0)

@@ -19,8 +19,8 @@ from gateskip.calibration.thresholds import calibrate
 from gateskip.config import BRANCH_KINDS
 from gateskip.errors import BudgetError, ConfigError
 from gateskip.methods.base import Method, bare
-from gateskip.methods.mixture_of_depths import capacity
 from gateskip.retrofit.attach import gate_of, gated_branches
+from gateskip.skipping.capacity import capacity
 from gateskip.skipping.state import state_of
 from gateskip.training.config import GateSkipTrainingConfig
 

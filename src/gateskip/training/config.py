@@ -43,7 +43,8 @@ class GateSkipTrainingConfig:
             trade against the loss.
         cost_kind: what is weighed: ``"linear"``: the share itself; ``"hinge"``: what it is above
             ``cost_target``; ``"absolute"``: how far it is from that.
-        cost_target: share of what skips can save that may be spent, of the last two.
+        cost_target: share of what skips can save that may be spent, of the last two; None: what
+            ``budget_end`` leaves.
         train_compensation: False leaves the compensation as it is.
         gate_learning_rate, compensation_learning_rate: None takes the trainer's learning rate.
         distill: share d of the loss that is KL(teacher ‖ gated) at labelled positions; the rest is
@@ -97,7 +98,7 @@ class GateSkipTrainingConfig:
     learn_from_skipped: bool = False
     cost_weight: float = 0.0
     cost_kind: Literal["linear", "hinge", "absolute"] = "linear"
-    cost_target: float = 0.8
+    cost_target: float | None = None
     train_compensation: bool = True
     gate_learning_rate: float | None = None
     compensation_learning_rate: float | None = None
