@@ -26,7 +26,8 @@ PARAGRAPH = 300  # characters of the shortest paragraph used
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    with path.open(encoding="utf-8") as file:  # str.splitlines would split at U+2028, too
+        return [json.loads(line) for line in file if line.strip()]
 
 
 def _problems(path: Path) -> list[dict[str, str]]:

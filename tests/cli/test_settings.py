@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,26 @@ def test_the_papers_recipe(folder: Path, tmp_path: Path) -> None:
     assert saved["gate"]["kv_source"] == "previous"
     assert saved["policy"]["allocation"] == "uniform"
     assert not any(row.get("skip_rate", 0.0) > 0.5 for row in found["history"])
+
+
+def test_decisions_first_as_the_page_says(folder: Path, tmp_path: Path) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "training.md"
+    text = page.read_text(encoding="utf-8")
+    text = text[text.index("## Strong budgets") :].replace("\\\n", "")
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("    gateskip")]
+    places = {
+        "MODEL": folder / "base", "my.jsonl": folder / "data.jsonl", "first": tmp_path / "first",
+        "second": tmp_path / "second", "0.5": "0.8",
+    }  # fmt: skip
+    found = []
+    for command in commands[:2]:
+        given = [places.get(word, word) for word in command[1:]]
+        found.append(as_json(*given, "--steps", 2, "--batch-size", 4, "--max-length", 48))
+    first, second = (each["options"] for each in found)
+    assert (first["backbone"], first["cost_target"], first["train_gates"]) == ("frozen", None, True)
+    assert (second["backbone"], second["train_gates"], second["cost_weight"]) == ("lora", False, 0)
+    assert written(tmp_path / "second")["gate"]["importance"] == "head"
+    assert any(row.get("expected_cost", 0.0) > 0.0 for row in found[0]["history"])
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def read_prompts(path: str | Path) -> list[str]:
     if path.suffix in (".jsonl", ".json"):
         prompts = [_prompt(row) for row in read_texts(path)]
     elif path.is_file():
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
     else:
         raise DataError(f"prompts={str(path)!r} is not a file; give a .txt or .jsonl file.")
     prompts = [prompt for prompt in prompts if prompt]
