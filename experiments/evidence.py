@@ -339,7 +339,7 @@ def section(bench: str, runs: Sequence[Run], found: Sequence[Summary]) -> list[s
         table = by_saving(main, cell)
         if table:
             lines += [f"### {title}", "", *table]
-            lines += single_runs(main) if title.startswith("Accuracy") else []
+            lines += single_runs(main) if title == "Accuracy, %" else []
     paired = {metric: comparisons(found, bench, metric) for metric in METRICS}
     for metric, own in paired.items():
         table = against(own)
