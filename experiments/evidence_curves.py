@@ -9,7 +9,6 @@ from evidence_figures import fingerprint
 from evidence_text import order, percent
 
 from gateskip.evaluation.results import Summary
-from gateskip.explain.pareto import STYLES
 from gateskip.explain.plot import check_plotting, write_figure
 
 __all__ = ["NAME", "Curves", "curves", "drawn"]
@@ -38,13 +37,16 @@ def drawn(data: Curves, path: Path) -> None:
     figure = check_plotting()(figsize=(4.4 * len(data) + 1.6, 4.0), layout="constrained")
     figure.set_gid(fingerprint(data))
     panels = figure.subplots(1, len(data), squeeze=False, sharey=True)[0]
+    from matplotlib import colormaps  # an extra, checked above
+
+    colours = colormaps["tab20"]
     methods = sorted({method for own in data.values() for method in own}, key=order)
     for panel, (saved, own) in zip(panels, data.items(), strict=True):
         for number, method in enumerate(methods):
             if method in own:
-                colour, _, line = STYLES[number % len(STYLES)]
                 steps, losses = zip(*own[method], strict=True)
-                panel.plot(steps, losses, color=colour, linestyle=line, linewidth=1.2, label=method)
+                colour = colours(number % colours.N)
+                panel.plot(steps, losses, color=colour, linewidth=1.4, label=method)
         panel.set_yscale("log")
         panel.set_title(f"{saved} saved", fontsize=10)
         panel.set_xlabel("step")
