@@ -10,9 +10,9 @@ import torch
 
 import gateskip
 from gateskip.decoding import DecodingStats
-from gateskip.decoding.synchronised import confidence
 from gateskip.errors import ConfigError, UnsupportedError
 from gateskip.execution.api import dense
+from gateskip.skipping.score import softmax_gap
 from models import FAMILIES, gated, padded, random_ids, tiny, with_table
 
 NEW = 20
@@ -45,7 +45,7 @@ def decoded(model: Any, ids: Any, threshold: float, mask: Any = None, **more: An
 def middle(model: Any, ids: Any) -> float:
     """A threshold that some tokens pass."""
     short = truncated(model, 2)
-    return float(confidence(short(ids).logits[0]).median())
+    return float(softmax_gap(short(ids).logits[0]).median())
 
 
 def truncated(model: Any, layers: int) -> Any:
@@ -57,7 +57,7 @@ def truncated(model: Any, layers: int) -> Any:
 
 def test_the_gap_between_the_best_two() -> None:
     probabilities = torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.8, 0.1]])
-    assert confidence(probabilities.log()).tolist() == pytest.approx([0.2, 0.7])
+    assert softmax_gap(probabilities.log()).tolist() == pytest.approx([0.2, 0.7])
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -101,7 +101,7 @@ def test_deep_layers_see_exact_keys_and_values(model: Any) -> None:
     shallow = short(text).logits
     deep = shallow_right = 0
     for at in range(9, text.shape[1] - 1):  # what came after each new token, from the text alone
-        certain = bool(confidence(shallow[:, at]) >= level)
+        certain = bool(softmax_gap(shallow[:, at]) >= level)
         chosen = (shallow if certain else whole.logits)[0, at].argmax()
         assert text[0, at + 1] == chosen, at
         shallow_right += certain

@@ -78,3 +78,19 @@ def test_tuning_needs_something_to_try(model: Any) -> None:
         gateskip.tune_draft(model, [random_ids(1, 9)], draft_keep=[], draft_policies=())
     with pytest.raises(DataError):
         gateskip.tune_draft(model, [])
+
+
+def test_the_prompts_pass_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gateskip.decoding import DecodingStats, tuning
+
+    model, now = with_table(gated("llama")), [0.0]
+    model.generation_config.eos_token_id = None
+    monkeypatch.setattr(tuning.time, "perf_counter", lambda: now[0])
+
+    def wait(_: Any, __: Any, given: Any) -> None:
+        now[0] += 100.0 if given["input_ids"].shape[1] > 4 else 1.0
+
+    model.register_forward_pre_hook(wait, with_kwargs=True)
+    for settings in ({}, {"draft_policy": lambda ids, count: [], "draft_tokens": 1}):
+        out, spent = tuning._decoded(model, random_ids(1, 9), settings, 5, DecodingStats())
+        assert (out.shape[1], spent) == (5, 4.0)

@@ -24,6 +24,7 @@ from gateskip.decoding.policies import ExitLayer, Policy, as_policy, check_polic
 from gateskip.decoding.sequences import Sequences
 from gateskip.decoding.stats import DecodingStats
 from gateskip.errors import ConfigError, UnsupportedError
+from gateskip.skipping.score import softmax_gap
 
 __all__ = ["generate_synchronised"]
 
@@ -75,12 +76,6 @@ def generate_synchronised(
     return run(model, decoder, input_ids, counts, "generate_synchronised", generate_kwargs)
 
 
-def confidence(logits_BV: Tensor) -> Tensor:
-    """Gap between the two largest probabilities, float32 ``[B]``."""
-    top_B2 = logits_BV.float().softmax(-1).topk(2).values
-    return top_B2[:, 0] - top_B2[:, 1]
-
-
 class Synchronised:
     """Leave, or run for all that wait."""
 
@@ -117,7 +112,7 @@ class Synchronised:
         """
         shallow = rows.forward(rows.last_B1, self.shallow)
         self.stats.draft_calls += 1
-        certain_B = confidence(shallow[:, -1]) >= self.threshold
+        certain_B = softmax_gap(shallow[:, -1]) >= self.threshold
         over_B = torch.tensor(rows.done, device=certain_B.device)
         logits = shallow
         if bool((certain_B | over_B).all()) and self.waiting < self.most_waiting:

@@ -24,6 +24,7 @@ from gateskip.retrofit.families import FamilySpec
 from gateskip.retrofit.head import LogitHead
 from gateskip.skipping.call import Call
 from gateskip.skipping.rule import Rule
+from gateskip.skipping.score import softmax_gap
 
 __all__ = ["GRID", "MEASURES", "ExitRule"]
 
@@ -154,8 +155,7 @@ class ExitRule(Rule):
             return torch.sigmoid(u_NH.float() @ probe_H[:-1] + probe_H[-1])
         gaps = [u_NH.new_zeros(0, dtype=torch.float32)]
         for part in u_NH.split(CHUNK):
-            top_N2 = torch.softmax(self.head(part).float(), -1).topk(2).values
-            gaps.append(top_N2[:, 0] - top_N2[:, 1])
+            gaps.append(softmax_gap(self.head(part)))
         return torch.cat(gaps)
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "random_score",
     "scaled_vector",
     "single_score",
+    "softmax_gap",
 ]
 
 RESIDUAL_EPS = 1e-6
@@ -177,6 +178,13 @@ def normed_at(
     u_MH = norm(h_NH if index_M is None else h_NH.index_select(0, index_M))
     more = rows - u_MH.shape[0]
     return nn.functional.pad(u_MH, (0, 0, 0, more)) if more else u_MH
+
+
+def softmax_gap(logits_NV: Tensor) -> Tensor:
+    """Gap between the two largest probabilities, float32 ``[N]``: how sure a prediction is (CALM,
+    arXiv 2207.07061, section 3.4)."""
+    top_N2 = logits_NV.float().softmax(-1).topk(2).values
+    return top_N2[:, 0] - top_N2[:, 1]
 
 
 def random_score(place_BT: Tensor, key: BranchKey, seed: int) -> Tensor:
