@@ -797,7 +797,7 @@ def test_rows_without_labels_have_no_distance(tmp_path: Path) -> None:
 
 
 def test_a_costs_target_is_what_the_budget_leaves() -> None:
-    from gateskip.training.trainer import _cost_target
+    from gateskip.training.checks import cost_target_of
 
     model = applied("skipgpt")
     given: dict[str, Any] = {
@@ -806,16 +806,16 @@ def test_a_costs_target_is_what_the_budget_leaves() -> None:
     absolute = gateskip.GateSkipTrainingConfig(**given, cost_kind="absolute")
     wanted = methods.METHODS.get("skipgpt")().share(model, 0.7)  # type: ignore[attr-defined]
     assert 0.1 < wanted < 0.7
-    assert _cost_target(absolute, state_of(model)) == wanted
+    assert cost_target_of(absolute, state_of(model)) == wanted
     mine = dataclasses.replace(absolute, cost_target=0.4)
-    assert _cost_target(mine, state_of(model)) == 0.4
+    assert cost_target_of(mine, state_of(model)) == 0.4
     keep = dataclasses.replace(absolute, budget_unit="keep")
-    assert _cost_target(keep, state_of(model)) == 0.7
+    assert cost_target_of(keep, state_of(model)) == 0.7
     with pytest.raises(BudgetError, match="larger budget"):
-        _cost_target(dataclasses.replace(absolute, budget_end=0.01), state_of(model))
+        cost_target_of(dataclasses.replace(absolute, budget_end=0.01), state_of(model))
     bare = gateskip.attach(tiny(), gateskip.GateConfig())
     with pytest.raises(ConfigError, match="calibrate first"):
-        _cost_target(absolute, state_of(bare))
+        cost_target_of(absolute, state_of(bare))
 
 
 def test_deeper_layers_are_dropped_more_often() -> None:

@@ -11,10 +11,11 @@ from gateskip.calibration.thresholds import check_tokens
 from gateskip.config import LINEAR_IMPORTANCES, Budget
 from gateskip.data import count_tokens, encode
 from gateskip.errors import ConfigError, UnsupportedError
+from gateskip.skipping.capacity import capacity
 from gateskip.skipping.state import GateSkipState
 from gateskip.training.config import GateSkipTrainingConfig
 
-__all__ = ["check_combination", "check_thresholds"]
+__all__ = ["check_combination", "check_thresholds", "cost_target_of"]
 
 
 def check_combination(config: GateSkipTrainingConfig, gated: GateSkipState, arguments: Any) -> None:
@@ -111,3 +112,20 @@ def check_thresholds(
             "gateskip.calibrate(model, data) first.",
             stacklevel=4,
         )
+
+
+def cost_target_of(config: GateSkipTrainingConfig, state: GateSkipState) -> float:
+    """Share of what skips can save that may be spent.
+
+    Raises:
+        BudgetError: skips cannot save so much. ConfigError: nobody knows yet what they save.
+    """
+    if config.cost_target is not None or config.cost_kind == "linear" or not config.cost_weight:
+        return config.cost_target or 1.0
+    if config.budget_unit == "keep":
+        return config.budget_end
+    if state.policy is None:
+        raise ConfigError(
+            f"cost_kind={config.cost_kind!r} needs cost_target=, or gateskip.calibrate first."
+        )
+    return capacity(state, config.budget_end)

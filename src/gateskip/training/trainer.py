@@ -25,8 +25,7 @@ from gateskip.execution.checkpoint import restore, save
 from gateskip.retrofit.attach import head_of, inner_model, is_gated, is_sharded
 from gateskip.retrofit.head import LogitHead
 from gateskip.retrofit.lora import without_lora
-from gateskip.skipping.capacity import capacity
-from gateskip.skipping.state import GateSkipState, override, state_of
+from gateskip.skipping.state import override, state_of
 from gateskip.training import backbone
 from gateskip.training.after_step import AfterStep
 from gateskip.training.checkpoints import (
@@ -35,7 +34,7 @@ from gateskip.training.checkpoints import (
     run_options,
     write_options,
 )
-from gateskip.training.checks import check_combination, check_thresholds
+from gateskip.training.checks import check_combination, check_thresholds, cost_target_of
 from gateskip.training.config import GateSkipTrainingConfig
 from gateskip.training.dataset import Collator, SeededLengths, TokenDataset
 from gateskip.training.exit_loss import exit_loss
@@ -50,23 +49,6 @@ __all__ = ["GateSkipMixin", "GateSkipTrainer"]
 
 ARGUMENTS_FILE = "training_args.bin"
 SEEDS = 1_009  # between those of two steps
-
-
-def _cost_target(config: GateSkipTrainingConfig, state: GateSkipState) -> float:
-    """Share of what skips can save that may be spent.
-
-    Raises:
-        BudgetError: skips cannot save so much. ConfigError: nobody knows yet what they save.
-    """
-    if config.cost_target is not None or config.cost_kind == "linear" or not config.cost_weight:
-        return config.cost_target or 1.0
-    if config.budget_unit == "keep":
-        return config.budget_end
-    if state.policy is None:
-        raise ConfigError(
-            f"cost_kind={config.cost_kind!r} needs cost_target=, or gateskip.calibrate first."
-        )
-    return capacity(state, config.budget_end)
 
 
 class GateSkipMixin:
@@ -116,7 +98,7 @@ class GateSkipMixin:
             self._means = GateMeans(
                 config.penalty_kind, config.penalty_target, gated.branches, start
             )
-        self._cost_target = _cost_target(config, gated)
+        self._cost_target = cost_target_of(config, gated)
         self._meter = SkipMeter()
         self._sums: dict[str, float] = {}
         self._counts = 0
