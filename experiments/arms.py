@@ -70,6 +70,10 @@ ROUTED: dict[str, Any] = {
     "cost_kind": "absolute", "learn_from_skipped": True, "calibrate_every": 0,
     "train_compensation": False,
 }  # fmt: skip
+#: Options of other methods' variants.
+METHOD_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "skipgpt": {"noisy": {"noise": 1.0, "temperature_start": 5.0}},  # its published code's
+}
 #: Where a method cannot save so much as it is, how it can.
 FURTHER: dict[str, dict[str, Any]] = {
     "mixture_of_depths": {"every": 1},
@@ -178,6 +182,8 @@ class Bench:
         known = {field.name for field in dataclasses.fields(wants)}
         drawn: dict[str, Any] = {"seed": job.seed, "compute": compute}
         options = {name: value for name, value in drawn.items() if name in known}
+        if job.variant:
+            options |= METHOD_VARIANTS[job.method][job.variant]
         methods.apply(job.method, model, rows, self.tokenizer, **options)
         try:
             found = wants(**options).stages(model, compute)
@@ -335,15 +341,19 @@ def every_job(options: argparse.Namespace) -> Iterator[Job]:
                 continue  # a control saves nothing, and at 0 all but these are one
             if name == DENSE and seed != options.seeds[0]:
                 continue  # nothing is drawn
-            for variant in options.variants if name == "gateskip" else ("",):
-                if not variant or saved:
+            for variant in options.variants:
+                others = [other for other, own in METHOD_VARIANTS.items() if variant in own]
+                known = not variant or name in (others or ["gateskip"])
+                if known and (saved or not variant):
                     yield Job(name, variant, saved, seed, getattr(options, "size", ""))
 
 
 def add_options(parser: argparse.ArgumentParser, variants: Sequence[str]) -> None:
     """What the command lines of all benches take."""
     parser.add_argument("out", type=Path)
-    parser.add_argument("--variants", nargs="+", default=[""], choices=["", *variants])
+    others = {name for found in METHOD_VARIANTS.values() for name in found}
+    known = ["", *variants, *sorted(others)]
+    parser.add_argument("--variants", nargs="+", default=[""], choices=known)
     parser.add_argument("--budget-hours", type=float, default=math.inf)
     parser.add_argument("--threads", type=int, default=None, help="of torch")
     parser.add_argument("--shard", type=int, nargs=2, default=(0, 1), metavar=("I", "OF"))

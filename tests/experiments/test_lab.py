@@ -101,6 +101,21 @@ def test_stages_take_all_steps_and_wild_figures_are_none(
     assert not list(tmp_path.glob("*.json"))
 
 
+def test_variants_are_those_of_their_method() -> None:
+    import argparse
+
+    from arms import every_job
+
+    given = argparse.Namespace(
+        seeds=[0], saved=[0.5, 0.0], methods=["control", "gateskip", "random", "skipgpt"],
+        variants=["", "fitted", "noisy"],
+    )  # fmt: skip
+    assert [job.name for job in every_job(given)] == [
+        "gateskip_50_s0", "gateskip_fitted_50_s0", "random_50_s0", "skipgpt_50_s0",
+        "skipgpt_noisy_50_s0", "control_0_s0", "gateskip_0_s0",
+    ]  # fmt: skip
+
+
 @pytest.mark.skipif(not lab_model.DENSE.is_dir(), reason="the lab's dense model is not there")
 def test_runs_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lab, "FIT_PROBLEMS", 12)
@@ -117,6 +132,11 @@ def test_runs_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "--smaller", str(tmp_path / "small"),
     ]  # fmt: skip
     lab.main([*given, "--methods", *names, "--saved", "0.5", "0.0"])
+    lab.main([*given, "--methods", "skipgpt", "--variants", "noisy", "--saved", "0.5"])
+    noisy = json.loads((out / "skipgpt_noisy_50_s0.json").read_text())
+    assert noisy["config"]["method"]["noise"] == 1.0
+    assert [stage["decision_noise"] for stage in noisy["config"]["training"]] == [1.0, 0.0]
+    (out / "skipgpt_noisy_50_s0.json").unlink()
     files = {path.name: json.loads(path.read_text()) for path in out.iterdir()}
     assert set(files) == {
         "gateskip_50_s0.json", "gateskip_0_s0.json", "control_0_s0.json", "shortgpt_50_s0.json",

@@ -679,10 +679,12 @@ def trained(
 
 @pytest.mark.parametrize("name", ["router_tuning", "skipgpt"])
 def test_routers_come_down_to_their_target(name: str, tmp_path: Path) -> None:
-    model = applied(name)
+    # Noise lets a token go at any score.
+    drawn = {"start": 2.0, "noise": 1.0, "temperature_start": 5.0} if name == "skipgpt" else {}
+    model = applied(name, **drawn)
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
     compute = 0.9 if name == "router_tuning" else 0.7
-    method = methods.METHODS.get(name)(cost=20.0)
+    method = methods.METHODS.get(name)(cost=20.0, **drawn)
     options = method.stages(model, compute)[0][1]
     found, logged = trained(model, options, tmp_path, steps=30, rate=2e-2)
     # The share of what routers may save that a budget is: all branches are of one size here.
@@ -745,6 +747,7 @@ def test_flexidepth_draws_routers_down(tmp_path: Path) -> None:
 def test_options_that_would_train_something_else_are_refused(tmp_path: Path) -> None:
     for name, options in (
         ("skipgpt", {"router_steps": 1.5}), ("skipgpt", {"start": -3.0}),
+        ("skipgpt", {"temperature_start": 0.0}), ("skipgpt", {"noise": -1.0}),
         ("router_tuning", {"temperature": 0.0}), ("fixed_layers", {"layers": (1.5,)}),
         ("fixed_layers", {"layers": (True,)}), ("fixed_layers", {"layers": (1, 1)}),
     ):  # fmt: skip
@@ -870,10 +873,13 @@ def test_trained_at_random_is_stochastic_depth(
 
 def test_skipgpt_adapts_the_model_afterwards() -> None:
     model = applied("skipgpt")
-    (first, routers), (second, adapts) = methods.METHODS.get("skipgpt")().stages(model, 0.7)
+    method = methods.METHODS.get("skipgpt")(noise=1.0, temperature_start=5.0)
+    (first, routers), (second, adapts) = method.stages(model, 0.7)
     assert (first + second, routers.backbone, adapts.backbone) == (1.0, "frozen", "lora")
     assert not adapts.train_gates
     assert adapts.budget_end == 0.7
+    assert (routers.decision_noise, adapts.decision_noise) == (1.0, 0.0)
+    assert (routers.decision_gradient_start, routers.decision_gradient) == (5.0, 1.0)
 
 
 def test_losses_of_all_layers(tmp_path: Path) -> None:

@@ -76,6 +76,9 @@ def train(
     decision_gradient: Annotated[
         float, typer.Option(help="Temperature of straight-through decisions; 0: none.")
     ] = 0.0,
+    decision_noise: Annotated[
+        float, typer.Option(help="Scale of the noise on decisions in training; 1: Gumbel-softmax.")
+    ] = 0.0,
     cost_weight: Annotated[
         float, typer.Option(help="Weight of the expected share of MACs spent.")
     ] = 0.0,
@@ -185,6 +188,7 @@ def train(
             "penalty": penalty,
             "train_gates": train_gates,
             "decision_gradient": decision_gradient,
+            "decision_noise": decision_noise,
             "cost_weight": cost_weight,
             "train_compensation": train_compensation,
             "gate_learning_rate": gate_learning_rate,

@@ -424,7 +424,11 @@ def _learnable(branch: Branch, out_NH: Tensor, o_MH: Tensor, u_MH: Tensor, kept:
     assert gate is not None
     threshold = call.thresholds[branch.key]
     gained = o_MH if branch.apart else None
-    change = call.objective.decision(gate, o_MH, u_MH, threshold, branch.compensation, gained)
+    noise_BT = call.noise(branch.key)
+    noise_M = None if noise_BT is None else noise_BT.flatten().index_select(0, kept)
+    change = call.objective.decision(
+        gate, o_MH, u_MH, threshold, branch.compensation, gained, noise_M
+    )
     return out_NH if change is None else out_NH.index_add(0, kept, change.to(out_NH.dtype))
 
 

@@ -80,6 +80,8 @@ class Call:
         self.scores = over.scores
         self.objective = over.objective
         self.learned: set[BranchKey] = set()
+        self._noise_scale = over.noise
+        self._noise: dict[BranchKey, Tensor] = {}
         self.forced = next(over.forced) if over.forced is not None else None
         self.memory: dict[Any, Any] = {}
         self.asked: dict[BranchKey, Tensor] = {}
@@ -175,13 +177,28 @@ class Call:
                 threshold = threshold.threshold(score_BT, self.free(), self.everyone())
             if isinstance(threshold, Tensor) and threshold.dim():
                 threshold = threshold[:, None]
-            keep_BT = score_BT >= threshold
+            noise_BT = self.noise(key)
+            keep_BT = (score_BT if noise_BT is None else score_BT + noise_BT) >= threshold
             if self.protected_BT is not None:
                 keep_BT = keep_BT | (self.protected_BT & (threshold < OFF))
             if self.valid_BT is not None:
                 keep_BT = keep_BT & self.valid_BT
         self.keep[key] = keep_BT
         return keep_BT
+
+    def noise(self, key: BranchKey) -> Tensor | None:
+        """What training adds to a branch's scores, float32 ``[B, T]``: drawn once for the call.
+
+        Logistic: the difference of two Gumbel variables, so that with scale 1 a token is kept with
+        probability σ(s − τ) (Gumbel-softmax of two choices, arXiv 1611.01144).
+        """
+        if not self._noise_scale:
+            return None
+        if key not in self._noise:
+            uniform_BT = torch.rand(self.batch, self.new)
+            noise_BT = self._noise_scale * torch.logit(uniform_BT, eps=1e-6)
+            self._noise[key] = noise_BT.to(self.device)
+        return self._noise[key].to(self.device)
 
     def visible_keys(self) -> Tensor:
         """Keys that each new token may attend to, itself included, int64 ``[B, T]``."""

@@ -163,6 +163,7 @@ class Override:
         controller: moves thresholds so that a budget is held (BudgetController).
         ungated: every layer runs as the dense model's, whatever the budget.
         seed: of random skipping, instead of the config's.
+        noise: scale of the logistic noise on scores (training).
     """
 
     budget: Budget | RowBudgets | None = None
@@ -177,6 +178,7 @@ class Override:
     controller: Any = None
     ungated: bool = False
     seed: int | None = None
+    noise: float = 0.0
 
 
 _OVERRIDES: contextvars.ContextVar[Mapping[GateSkipState, Override]] = contextvars.ContextVar(

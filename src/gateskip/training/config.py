@@ -37,6 +37,9 @@ class GateSkipTrainingConfig:
         train_gates: False leaves the gates as they are (as fitted).
         decision_gradient: what trains decisions. 0: only the gate's value and the penalty (the
             paper). Above: straight-through gradients of temperature T, in units of the score.
+        decision_gradient_start: T falls linearly from here over the training; None keeps it.
+        decision_noise: scale of the logistic noise that training adds to scores, so that decisions
+            are tried out; 1 is Gumbel-softmax's (arXiv 1611.01144). Inference adds none.
         learn_from_skipped: decisions learn from skipped tokens as well, whose branches are computed
             for it: a training that saves nothing, as routers' papers have it.
         cost_weight: weight of the expected share of MACs spent, which straight-through gradients
@@ -95,6 +98,8 @@ class GateSkipTrainingConfig:
     penalty_end: float | None = None
     train_gates: bool = False
     decision_gradient: float = 0.0
+    decision_gradient_start: float | None = None
+    decision_noise: float = 0.0
     learn_from_skipped: bool = False
     cost_weight: float = 0.0
     cost_kind: Literal["linear", "hinge", "absolute"] = "linear"
@@ -170,6 +175,8 @@ class GateSkipTrainingConfig:
             "penalty_end",
             "threshold_learning_rate",
             "decision_gradient",
+            "decision_gradient_start",
+            "decision_noise",
             "cost_weight",
             "auxiliary",
             "exit_distill",
@@ -198,8 +205,10 @@ class GateSkipTrainingConfig:
             raise ConfigError(
                 f"cost_weight={self.cost_weight!r} needs decision_gradient= (a temperature)."
             )
-        if self.learn_from_skipped and not self.decision_gradient:
-            raise ConfigError("learn_from_skipped=True needs decision_gradient= (a temperature).")
+        for name in ("learn_from_skipped", "decision_noise", "decision_gradient_start"):
+            value = getattr(self, name)
+            if value and not self.decision_gradient:
+                raise ConfigError(f"{name}={value!r} needs decision_gradient= (a temperature).")
         moves = self.train_gates or self.thresholds == "learned"
         if self.decision_gradient and not moves:
             raise ConfigError(

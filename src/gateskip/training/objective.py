@@ -92,7 +92,7 @@ class GateObjective:
         known = not isinstance(threshold, FromBatch) and threshold not in (None, -math.inf)
         if self.temperature and self.shares and known:
             assert threshold is not None
-            p_BT = self._soft(gate, u_BTH, threshold)
+            p_BT = self._soft(gate, u_BTH, threshold, call.noise(key))
             if self.hard:
                 p_BT = p_BT - p_BT.detach() + (p_BT.detach() >= 0.5)
             found.append((self.spent, (p_BT * valid_BT).sum() * self.shares[key]))
@@ -116,20 +116,22 @@ class GateObjective:
         threshold: float | Tensor,
         instead: nn.Module | None,
         gained_MH: Tensor | None = None,
+        noise_M: Tensor | None = None,
     ) -> Tensor | None:
         """Zeros ``[M, H]`` whose gradient is that of keeping a token (straight-through).
 
-        With p = σ((s − τ)/T): (p − p) · (g ⊙ o − c(u)), of kept tokens only where what a skipped
-        token would have got was not computed.
+        With p = σ((s + noise − τ)/T): (p − p) · (g ⊙ o − c(u)), of kept tokens only where what a
+        skipped token would have got was not computed.
 
         Args:
             gained_MH: what the branch adds, where that is not g ⊙ o.
+            noise_M: what was added to the scores that decided.
         """
         if not self.temperature:
             return None
         if not isinstance(threshold, float) and threshold.dim():
             raise UnsupportedError("decision_gradient takes one budget for all rows.")
-        p_M = self._soft(gate, u_MH.detach(), threshold)
+        p_M = self._soft(gate, u_MH.detach(), threshold, noise_M)
         with torch.no_grad():
             gain_MH = gate(u_MH) * o_MH.float() if gained_MH is None else gained_MH.float()
             if instead is not None:
@@ -148,9 +150,12 @@ class GateObjective:
             )
         return (each_BT * free_BT).sum()
 
-    def _soft(self, gate: Gate, u: Tensor, threshold: float | Tensor) -> Tensor:
+    def _soft(
+        self, gate: Gate, u: Tensor, threshold: float | Tensor, noise: Tensor | None
+    ) -> Tensor:
         with no_autocast(u):
-            return torch.sigmoid((gate.score(u) - threshold) / self.temperature)
+            s = gate.score(u) if noise is None else gate.score(u) + noise
+            return torch.sigmoid((s - threshold) / self.temperature)
 
     def mean(self, tokens: Tensor | int | None = None) -> Tensor:
         """The penalty, over ``tokens`` valid tokens (of a whole accumulated batch) or its own."""

@@ -1,4 +1,5 @@
-"""Budget and λ of every training step: functions of the step alone, so resuming needs no state."""
+"""Budget, λ and temperature of every training step: functions of the step alone, so that resuming
+needs no state."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import random
 from gateskip.config import Budget
 from gateskip.training.config import GateSkipTrainingConfig
 
-__all__ = ["budget_at", "penalty_at"]
+__all__ = ["budget_at", "penalty_at", "temperature_at"]
 
 
 def budget_at(
@@ -42,7 +43,20 @@ def budget_at(
 
 def penalty_at(config: GateSkipTrainingConfig, step: int, steps: int) -> float:
     """λ of a step: constant, or linear from ``penalty`` to ``penalty_end`` over all steps."""
-    if config.penalty_end is None:
-        return config.penalty
+    return _line(config.penalty, config.penalty_end, step, steps)
+
+
+def temperature_at(config: GateSkipTrainingConfig, step: int, steps: int) -> float:
+    """T of a step's straight-through gradients: constant, or linear from its start over all
+    steps."""
+    start = config.decision_gradient_start
+    if start is None:
+        return config.decision_gradient
+    return _line(start, config.decision_gradient, step, steps)
+
+
+def _line(start: float, end: float | None, step: int, steps: int) -> float:
+    if end is None:
+        return start
     done = min(1.0, step / max(1, steps - 1))
-    return config.penalty + done * (config.penalty_end - config.penalty)
+    return start + done * (end - start)

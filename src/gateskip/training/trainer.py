@@ -41,7 +41,7 @@ from gateskip.training.exit_loss import exit_loss
 from gateskip.training.head_loss import head_loss
 from gateskip.training.objective import GateObjective, SkipMeter, labelled, rates_of
 from gateskip.training.penalty import BY_MEAN, GateMeans
-from gateskip.training.schedule import budget_at, penalty_at
+from gateskip.training.schedule import budget_at, penalty_at, temperature_at
 from gateskip.training.sharding import average_added
 from gateskip.training.thresholds import OwnThresholds, keep_learned
 
@@ -258,14 +258,14 @@ class GateSkipMixin:
         if not self._skips or not (config.penalty or config.decision_gradient or config.auxiliary):
             return None
         gated = state_of(self._gated)
-        costs = None
+        costs, steps = None, max(int(self.state.max_steps), 1)
         if config.cost_weight and gated.policy is not None:
             table, keys = gated.costs(), gated.policy.mean_keys
             costs = {key: saved_macs(table[key], keys) for key in gated.branches}
         return GateObjective(
             penalty=config.penalty_kind if config.penalty else None,
             slopes=None if self._means is None else self._means.slopes(),
-            temperature=config.decision_gradient, costs=costs,
+            temperature=temperature_at(config, self.state.global_step, steps), costs=costs,
             everyone=config.learn_from_skipped, hard=config.cost_kind != "linear",
             predicts=config.auxiliary > 0.0,
         )  # fmt: skip
@@ -281,8 +281,10 @@ class GateSkipMixin:
         meter = self._meter if training else None
         if training and self.gateskip_args.learn_from_skipped:
             own["execution"] = "masked"
-        if training and state_of(self._gated).config.importance == "random":
-            own["seed"] = self._random_seed()
+        if training:
+            own["noise"] = self.gateskip_args.decision_noise
+            if state_of(self._gated).config.importance == "random":
+                own["seed"] = self._random_seed()
         with override(
             state_of(self._gated), budget=budget, objective=objective, recorder=meter, **own
         ):
