@@ -115,7 +115,8 @@ class Bench:
         name: top-level ``bench`` of its results.
         fresh: a new dense model, whose weights are trained in full or by LoRA (``backbone``).
         smaller: a smaller one that learned the same, or None.
-        fit_rows: what gates are fitted on, and thresholds calibrated.
+        fit_rows: what gates are fitted on, and thresholds calibrated: on the first
+            ``calibrated`` of them, where given.
         train_rows: (seed, how many) to rows.
         test: (job, model, dense model) to figures of a result.
         gates, training, stages: of the main form of gates; each stage is a share of the steps and
@@ -144,6 +145,7 @@ class Bench:
     router_rate: float
     trainer: dict[str, Any]
     smaller: Callable[[], Any] | None = None
+    calibrated: int | None = None
 
     def prepared(self, job: Job, model: Any) -> tuple[Stages, dict[str, Any]]:
         """Put the method in place: (how it is trained, options of the method).
@@ -165,7 +167,8 @@ class Bench:
             how = {key: training.pop(key) for key in CALIBRATED if key in training}
             if training.pop("fit", True):
                 gateskip.fit(model, rows, self.tokenizer)
-            gateskip.calibrate(model, rows, self.tokenizer, grid=self.grid, **how)
+            few = rows[: self.calibrated]
+            gateskip.calibrate(model, few, self.tokenizer, grid=self.grid, **how)
             given |= {"budget_end": compute} | self.training
             if "stages" in training:
                 stages = training["stages"]
@@ -263,7 +266,8 @@ class Bench:
         trainer.train()
         model = trainer.finish()
         if config.arm != "control" and not static(job.method):
-            recalibrate(model, self.fit_rows, self.tokenizer, grid=self.grid)
+            few = self.fit_rows[: self.calibrated]
+            recalibrate(model, few, self.tokenizer, grid=self.grid)
         return model, [
             (entry["step"], round(entry.get("cross_entropy", entry["loss"]), 5))
             for entry in trainer.state.log_history
