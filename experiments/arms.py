@@ -40,6 +40,7 @@ from gateskip.training.recalibration import recalibrate
 
 __all__ = [
     "FULL",
+    "JOINT",
     "ROUTED",
     "Bench",
     "Job",
@@ -70,6 +71,8 @@ ROUTED: dict[str, Any] = {
     "cost_kind": "absolute", "learn_from_skipped": True, "calibrate_every": 0,
     "train_compensation": False,
 }  # fmt: skip
+#: Decisions and what adapts to them learn at once, decisions from what skipped tokens miss.
+JOINT = {k: v for k, v in ROUTED.items() if k not in ("backbone", "train_compensation")}
 #: Options of other methods' variants.
 METHOD_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "skipgpt": {"noisy": {"noise": 1.0, "temperature_start": 5.0}},  # its published code's

@@ -20,6 +20,7 @@ import evidence_curves
 import evidence_figures
 import evidence_instead
 import evidence_kinds
+import evidence_sets
 import published
 from evidence_text import (
     NONE,
@@ -340,6 +341,7 @@ def section(bench: str, runs: Sequence[Run], found: Sequence[Summary]) -> list[s
         if table:
             lines += [f"### {title}", "", *table]
             lines += single_runs(main) if title == "Accuracy, %" else []
+    lines += evidence_sets.section(found)
     paired = {metric: comparisons(found, bench, metric) for metric in METRICS}
     for metric, own in paired.items():
         table = against(own)

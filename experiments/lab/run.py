@@ -18,7 +18,7 @@ from model import DENSE, LONGEST, SIZES, SMALL, TEST_SEED, dense_of, exact_match
 from transformers import LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from arms import FULL, ROUTED, Bench, Job, Variant, add_options, make
+from arms import FULL, JOINT, ROUTED, Bench, Job, Variant, add_options, make
 
 import gateskip
 from gateskip.evaluation.quality import Evaluation
@@ -45,6 +45,7 @@ VARIANTS: dict[str, Variant] = {
         {"importance": "mean_logit"},
         {"stages": ((1.0, {"schedule": "linear", "budget_steps": 0.5, "calibrate_every": 0}),)},
     ),
+    "joint": ({}, {"stages": ((1.0, JOINT | {"gate_learning_rate": 1e-2}),)}),
     "kept_only": ({}, {"stages": ((0.5, ROUTED | {"learn_from_skipped": False}), (0.5, {}))}),
     "cool": ({}, {"stages": ((0.5, ROUTED | {"decision_gradient": 0.3}), (0.5, {}))}),
     "dear": ({}, {"stages": ((0.5, ROUTED | {"cost_weight": 5.0}), (0.5, {}))}),

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from arms import FULL, ROUTED, Bench, Job, Variant, add_options, make
+from arms import FULL, JOINT, ROUTED, Bench, Job, Variant, add_options, make
 
 import gateskip
 from gateskip.evaluation.harness import harness_evaluate
@@ -42,14 +42,14 @@ CALIBRATED = 75
 SAVED = (0.25, 0.0)
 GATES: dict[str, Any] = {"kind": "scalar", "importance": "head"}
 TRAINING: dict[str, Any] = {"schedule": "constant", "compensation_learning_rate": 1e-3}
-#: As in the lab.
-STAGES = ((0.5, ROUTED), (0.5, {}))
+STAGES = ((1.0, JOINT | {"gate_learning_rate": 5e-3}),)
 VARIANTS: dict[str, Variant] = {
     "": ({}, {}),
+    "routed": ({}, {"stages": ((0.5, ROUTED), (0.5, {}))}),  # as in the lab
     "fitted": ({"importance": "mean_logit"}, {"stages": ((1.0, {}),)}),
     "sampled": ({"importance": "mean_logit"}, {"stages": ((1.0, {"schedule": "sampled"}),)}),
     "compensation_none": ({"compensation": "none"}, {}),
-    "frozen": ({}, {"stages": ((0.5, ROUTED), (0.5, {"backbone": "frozen"}))}),
+    "frozen": ({}, {"backbone": "frozen"}),
 }
 METHODS = (
     "dense", "gateskip", "control", "random", "shortgpt", "mixture_of_depths", "router_tuning",

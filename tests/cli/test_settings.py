@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import as_json, fails, run
+from safetensors.torch import load_file
 
 STEPS = {"steps": 2, "batch_size": 4, "max_length": 40}
 
@@ -114,24 +116,31 @@ def test_the_papers_recipe(folder: Path, tmp_path: Path) -> None:
     assert not any(row.get("skip_rate", 0.0) > 0.5 for row in found["history"])
 
 
-def test_decisions_first_as_the_page_says(folder: Path, tmp_path: Path) -> None:
+def test_learned_decisions_as_the_page_says(folder: Path, tmp_path: Path) -> None:
     page = Path(__file__).resolve().parents[2] / "docs" / "training.md"
     text = page.read_text(encoding="utf-8")
-    text = text[text.index("## Strong budgets") :].replace("\\\n", "")
-    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("    gateskip")]
-    places = {
-        "MODEL": folder / "base", "my.jsonl": folder / "data.jsonl", "first": tmp_path / "first",
-        "second": tmp_path / "second", "0.5": "0.8",
+    text = text[text.index("## Decisions that learn") :]
+    line = next(line for line in text.splitlines() if line.startswith("    gateskip train"))
+    places: dict[str, Any] = {
+        "MODEL": folder / "base", "my.jsonl": folder / "data.jsonl", "my-gates": tmp_path / "out",
+        "0.75": "0.8",
     }  # fmt: skip
-    found = []
-    for command in commands[:2]:
-        given = [places.get(word, word) for word in command[1:]]
-        found.append(as_json(*given, "--steps", 2, "--batch-size", 4, "--max-length", 48))
-    first, second = (each["options"] for each in found)
-    assert (first["backbone"], first["cost_target"], first["train_gates"]) == ("frozen", None, True)
-    assert (second["backbone"], second["train_gates"], second["cost_weight"]) == ("lora", False, 0)
-    assert written(tmp_path / "second")["gate"]["importance"] == "head"
-    assert any(row.get("expected_cost", 0.0) > 0.0 for row in found[0]["history"])
+    given = [places.get(word, word) for word in shlex.split(line)[1:]]
+    given += ["--steps", 3, "--batch-size", 4, "--max-length", 48, "--overwrite"]
+    given += ["--set", "trainer.warmup_steps=0"]
+    heads = []
+    for more in (("--set", "training.gate_learning_rate=0.0"), ()):
+        found = as_json(*given, *more)
+        tensors = load_file(tmp_path / "out" / "gateskip_model.safetensors")
+        heads.append({name: t for name, t in tensors.items() if name.endswith("score_weight")})
+    options = found["options"]
+    assert (options["backbone"], options["budget_end"]) == ("lora", 0.8)
+    assert (options["cost_kind"], options["learn_from_skipped"]) == ("absolute", True)
+    assert written(tmp_path / "out")["gate"]["importance"] == "head"
+    assert any(row.get("expected_cost", 0.0) > 0.0 for row in found["history"])
+    fitted, learned = heads
+    assert fitted
+    assert all(not torch.equal(fitted[name], learned[name]) for name in fitted)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import evidence_figures  # noqa: E402
 import evidence_instead  # noqa: E402
 import published  # noqa: E402
 
+from gateskip.errors import DataError  # noqa: E402
 from gateskip.evaluation.results import read_runs  # noqa: E402
 from gateskip.evaluation.statistics import holm, t_interval, wilson_interval  # noqa: E402
 
@@ -130,6 +131,28 @@ def test_the_dense_model_is_the_same_for_all_seeds(results: Path) -> None:
     assert cells[-1] == "apart, gates worse"
     assert "(3)" in cells[4]
     assert "`dense` 99.0 – (1): **gates lose**" in text
+
+
+def test_sets_of_questions_and_texts(results: Path) -> None:
+    assert "By set of questions" not in evidence.page(read_runs(results))
+    for seed, right in ((0, 0.4), (1, 0.6)):
+        write(
+            results, f"sets{seed}", bench="smollm2", method="gateskip", saved_macs=0.25, seed=seed,
+            accuracy=right, loss=1.5, loss_wikitext2=3.5, loss_full_budget=1.25 + seed / 10,
+            tasks={"piqa_local": right, "arc_easy_local": right / 2},
+        )  # fmt: skip
+    text = evidence.page(read_runs(results))
+    assert "| method | saved | arc_easy | piqa | loss on WikiText-2 |" in text
+    cells = row(text[text.index("By set of questions") :], "`gateskip`")
+    assert cells[1] == "25 %"
+    assert [cell.partition(" [")[0] for cell in cells[2:]] == ["25.0", "50.0", "3.500", "1.300"]
+    assert all(cell.endswith("(2)") for cell in cells[2:])
+    write(
+        results, "sets0", bench="smollm2", method="gateskip", saved_macs=0.25, seed=0,
+        accuracy=0.5, loss=1.5, tasks={"piqa_local": 40},
+    )  # fmt: skip
+    with pytest.raises(DataError, match="tasks"):
+        read_runs(results)
 
 
 def test_kinds_of_tokens(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,8 @@ def train(
         typer.Option(
             is_eager=True,
             callback=_take_preset,
-            help="default (what measured best) or paper (the published recipe); options win.",
+            help="default (one model for all budgets), learned (decisions learn, for one budget) "
+            "or paper (the published recipe); options win.",
         ),
     ] = None,
     fit: Annotated[

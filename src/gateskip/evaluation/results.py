@@ -8,8 +8,9 @@ A run is one JSON object in ``<results>/<bench>/``:
 ``versions``; optionally ``realised_macs``, ``skip_rate``, ``questions``, ``prefill_speedup``,
 ``decode_speedup``, ``kernel_decode_speedup`` (of a plain model on our kernels), ``peak_memory_mb``,
 ``dense_accuracy``, ``accuracy_full_budget`` (of what was trained for the saving, with nothing
-skipped), ``collapsed`` and ``curve``, a list of ``[step, loss]``. Other keys are left
-alone.
+skipped), ``loss_full_budget`` (likewise), ``loss_wikitext2``, ``tasks`` (accuracy by name, of which
+``accuracy`` is the mean), ``collapsed`` and ``curve``, a list of ``[step, loss]``. Other keys are
+left alone.
 
 A file with ``"trained": false`` and ``rows`` of ``gateskip eval`` holds one method at several
 savings without training: its rows are runs of the bench ``<bench>_untrained``, the dense row once
@@ -100,8 +101,11 @@ class Run:
     peak_memory_mb: float | None = None
     dense_accuracy: float | None = None
     accuracy_full_budget: float | None = None
+    loss_full_budget: float | None = None
+    loss_wikitext2: float | None = None
     collapsed: bool = False
     curve: tuple[tuple[float, float], ...] = ()
+    tasks: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str, str, float]:
@@ -238,6 +242,9 @@ def _run(fields: _Fields, bench: str) -> Run:
     if not isinstance(collapsed, bool):
         raise fields.wrong("collapsed", "true or false")
     questions = fields.data.get("questions")
+    tasks = fields.data.get("tasks") or {}
+    if not isinstance(tasks, dict) or not all(_is_share(v) for v in tasks.values()):
+        raise fields.wrong("tasks", "accuracies by name")
     return Run(
         bench=bench, method=fields.text("method"), variant=variant,
         seed=fields.whole("seed", 0), saved_macs=round(fields.number("saved_macs", 0.0, 1.0), 6),
@@ -253,7 +260,9 @@ def _run(fields: _Fields, bench: str) -> Run:
         kernel_decode_speedup=fields.optional("kernel_decode_speedup", 0.0),
         peak_memory_mb=fields.optional("peak_memory_mb", 0.0),
         dense_accuracy=fields.optional("dense_accuracy", 0.0, 1.0),
-        accuracy_full_budget=fields.optional("accuracy_full_budget", 0.0, 1.0), collapsed=collapsed,
+        accuracy_full_budget=fields.optional("accuracy_full_budget", 0.0, 1.0),
+        loss_full_budget=fields.optional("loss_full_budget", 0.0),
+        loss_wikitext2=fields.optional("loss_wikitext2", 0.0), tasks=tasks, collapsed=collapsed,
         curve=tuple((float(step), float(loss)) for step, loss in curve),
     )  # fmt: skip
 
@@ -323,6 +332,10 @@ class _Fields:
         if needed and name not in self.data:
             raise self.wrong(name, "a number or null")
         return None if self.data.get(name) is None else self.number(name, least, most)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0.0 <= value <= 1.0
 
 
 def _is_number(value: Any) -> bool:

@@ -1,8 +1,9 @@
 """Recipes by name, for the library and for ``gateskip train --preset``.
 
 ``"paper"`` is the published one (arXiv 2510.13876, section 4 and its code) as far as it is stated;
-``"default"`` is what measured best on held-out text here (docs/training.md says where they differ
-and why).
+``"default"`` trains one model for all budgets; ``"learned"`` lets decisions learn, too, for one
+budget, and computes what is skipped while it trains (docs/training.md says where they differ and
+why).
 """
 
 from __future__ import annotations
@@ -45,6 +46,23 @@ PRESETS: dict[str, Preset] = {
         ),
         trainer={
             "learning_rate": 1e-3, "lr_scheduler_type": "cosine", "warmup_steps": 10,
+            "weight_decay": 0.001, "adam_beta2": 0.95, "max_grad_norm": 1.0,
+        },
+        calibration={"allocation": "global", "weigh_cost": True},
+        fit=True,
+        steps=200,
+        batch_size=8,
+        max_length=512,
+    ),
+    "learned": Preset(
+        gate=GateConfig(kind="scalar", importance="head"),
+        training=GateSkipTrainingConfig(
+            train_gates=True, decision_gradient=1.0, learn_from_skipped=True, cost_weight=1.0,
+            cost_kind="absolute", budget_end=0.75, schedule="constant",
+            gate_learning_rate=5e-3, compensation_learning_rate=1e-3,
+        ),
+        trainer={
+            "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 10,
             "weight_decay": 0.001, "adam_beta2": 0.95, "max_grad_norm": 1.0,
         },
         calibration={"allocation": "global", "weigh_cost": True},
