@@ -36,6 +36,14 @@ def test_a_dry_run_says_what_it_would_take(folder: Path, tmp_path: Path, gates: 
     assert "Nothing was trained" in run(*given, "--dry-run")
 
 
+def test_a_dry_run_of_decisions_that_learn(folder: Path, tmp_path: Path) -> None:
+    given = begun(folder, tmp_path / "out")
+    found = as_json(*given, "--dry-run", "--preset", "learned", "--max-length", 48)
+    gates = found["trained"]["gates"]
+    assert gates == 2 * LAYERS * (2 * 64 + 2), "a value and a score for every branch"
+    assert not (tmp_path / "out").exists()
+
+
 def test_early_stopping_keeps_the_best(folder: Path, tmp_path: Path) -> None:
     """Learning a few words unlearns all others: stopped long before the last step."""
     narrow = tmp_path / "narrow.jsonl"

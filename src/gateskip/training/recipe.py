@@ -210,6 +210,8 @@ def plan_of(
     add_compensation(model)
     # Without thresholds nothing is skipped: an upper bound of a step's time.
     plain = dataclasses.replace(options, calibrate_every=0, thresholds="calibrated")
+    if options.cost_target is None:  # what skips can save is known once there are thresholds
+        plain = dataclasses.replace(plain, cost_target=options.budget_end)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the model has no thresholds")
         trainer = GateSkipTrainer(
