@@ -65,14 +65,13 @@ TRAINED_AT_ALL = ("gateskip", "calm", "free", "layerskip")
 Stages = tuple[tuple[float, gateskip.GateSkipTrainingConfig], ...]
 #: (options of the gates, options of the training or ``stages``: shares of the steps and options).
 Variant = tuple[dict[str, Any], dict[str, Any]]
-#: Decisions learn in a frozen model first, from what skipped tokens miss.
-ROUTED: dict[str, Any] = {
-    "backbone": "frozen", "train_gates": True, "decision_gradient": 1.0, "cost_weight": 1.0,
-    "cost_kind": "absolute", "learn_from_skipped": True, "calibrate_every": 0,
-    "train_compensation": False,
-}  # fmt: skip
 #: Decisions and what adapts to them learn at once, decisions from what skipped tokens miss.
-JOINT = {k: v for k, v in ROUTED.items() if k not in ("backbone", "train_compensation")}
+JOINT: dict[str, Any] = {
+    "train_gates": True, "decision_gradient": 1.0, "cost_weight": 1.0, "cost_kind": "absolute",
+    "learn_from_skipped": True, "calibrate_every": 0,
+}  # fmt: skip
+#: Decisions learn in a frozen model first.
+ROUTED = JOINT | {"backbone": "frozen", "train_compensation": False}
 #: Options of other methods' variants.
 METHOD_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "skipgpt": {"noisy": {"noise": 1.0, "temperature_start": 5.0}},  # its published code's

@@ -88,13 +88,13 @@ def bench(options: argparse.Namespace) -> Bench:
             )  # fmt: skip
             row = run.control() if full else run.at(budget)
             found[name] = row.loss
-            if name != "loss":
-                found["realised_macs_wikitext2"] = 0.0 if full else row.macs_saved
-            else:
-                saved = 0.0 if full else row.macs_saved
+            saved = 0.0 if full else row.macs_saved
+            if name == "loss":
                 found |= {"realised_macs": saved, "skip_rate": row.skip_rate}
                 if job.saved:
                     found["loss_full_budget"] = run.at(gateskip.Budget(compute=1.0)).loss
+            else:
+                found["realised_macs_wikitext2"] = saved
         rows = harness_evaluate(
             model, tokenizer, list(QUESTIONS), include_path=TASKS, limit=options.limit,
             batch_size=8, dense=False, budgets=() if full else (budget,),

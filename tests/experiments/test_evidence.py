@@ -139,13 +139,21 @@ def test_sets_of_questions_and_texts(results: Path) -> None:
         write(
             results, f"sets{seed}", bench="smollm2", method="gateskip", saved_macs=0.25, seed=seed,
             accuracy=right, loss=1.5, loss_wikitext2=3.5, loss_full_budget=1.25 + seed / 10,
+            realised_macs_wikitext2=0.22,
             tasks={"piqa_local": right, "arc_easy_local": right / 2},
         )  # fmt: skip
     text = evidence.page(read_runs(results))
-    assert "| method | saved | arc_easy | piqa | loss on WikiText-2 |" in text
+    beside = ["loss on answers, nothing skipped", "loss on WikiText-2", "saved of WikiText-2, %"]
+    assert f"| {' | '.join(['method', 'to save', 'arc_easy', 'piqa', *beside])} |" in text
     cells = row(text[text.index("By set of questions") :], "`gateskip`")
     assert cells[1] == "25 %"
-    assert [cell.partition(" [")[0] for cell in cells[2:]] == ["25.0", "50.0", "3.500", "1.300"]
+    assert [cell.partition(" [")[0] for cell in cells[2:]] == [
+        "25.0",
+        "50.0",
+        "1.300",
+        "3.500",
+        "22.0",
+    ]
     assert all(cell.endswith("(2)") for cell in cells[2:])
     write(
         results, "sets0", bench="smollm2", method="gateskip", saved_macs=0.25, seed=0,

@@ -124,6 +124,10 @@ def test_the_temperature_falls_linearly() -> None:
     [
         ({"decision_noise": 1.0}, "decision_noise=1.0 needs decision_gradient="),
         ({"decision_gradient_start": 5.0}, "decision_gradient_start=5.0 needs decision_gradient="),
+        (
+            {"decision_gradient_start": 0.0, "decision_gradient": 1.0},
+            "decision_gradient_start=0.0 must be above 0",
+        ),
         ({"decision_noise": -1.0, "decision_gradient": 1.0}, "decision_noise=-1.0 must not"),
     ],
 )

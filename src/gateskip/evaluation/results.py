@@ -8,7 +8,8 @@ A run is one JSON object in ``<results>/<bench>/``:
 ``versions``; optionally ``realised_macs``, ``skip_rate``, ``questions``, ``prefill_speedup``,
 ``decode_speedup``, ``kernel_decode_speedup`` (of a plain model on our kernels), ``peak_memory_mb``,
 ``dense_accuracy``, ``accuracy_full_budget`` (of what was trained for the saving, with nothing
-skipped), ``loss_full_budget`` (likewise), ``loss_wikitext2``, ``tasks`` (accuracy by name, of which
+skipped), ``loss_full_budget`` (likewise), ``loss_wikitext2`` and
+``realised_macs_wikitext2``, ``tasks`` (accuracy by name, of which
 ``accuracy`` is the mean), ``collapsed`` and ``curve``, a list of ``[step, loss]``. Other keys are
 left alone.
 
@@ -103,6 +104,7 @@ class Run:
     accuracy_full_budget: float | None = None
     loss_full_budget: float | None = None
     loss_wikitext2: float | None = None
+    realised_macs_wikitext2: float | None = None
     collapsed: bool = False
     curve: tuple[tuple[float, float], ...] = ()
     tasks: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -262,7 +264,9 @@ def _run(fields: _Fields, bench: str) -> Run:
         dense_accuracy=fields.optional("dense_accuracy", 0.0, 1.0),
         accuracy_full_budget=fields.optional("accuracy_full_budget", 0.0, 1.0),
         loss_full_budget=fields.optional("loss_full_budget", 0.0),
-        loss_wikitext2=fields.optional("loss_wikitext2", 0.0), tasks=tasks, collapsed=collapsed,
+        loss_wikitext2=fields.optional("loss_wikitext2", 0.0),
+        realised_macs_wikitext2=fields.optional("realised_macs_wikitext2", -math.inf, 1.0),
+        tasks=tasks, collapsed=collapsed,
         curve=tuple((float(step), float(loss)) for step, loss in curve),
     )  # fmt: skip
 

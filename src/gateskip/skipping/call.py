@@ -196,8 +196,7 @@ class Call:
             return None
         if key not in self._noise:
             uniform_BT = torch.rand(self.batch, self.new)
-            noise_BT = self._noise_scale * torch.logit(uniform_BT, eps=1e-6)
-            self._noise[key] = noise_BT.to(self.device)
+            self._noise[key] = self._noise_scale * torch.logit(uniform_BT, eps=1e-6)
         return self._noise[key].to(self.device)
 
     def visible_keys(self) -> Tensor:

@@ -195,6 +195,8 @@ class GateSkipTrainingConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name}={value!r} must be an integer of at least {least}.")
+        if self.decision_gradient_start == 0.0:
+            raise ConfigError("decision_gradient_start=0.0 must be above 0, as a temperature.")
         if self.penalty_end is not None and not self.penalty:
             raise ConfigError(f"penalty_end={self.penalty_end!r} needs penalty= to begin with.")
         if self.penalty and not self.train_gates:

@@ -38,16 +38,17 @@ class Preset:
     max_length: int
 
 
+_OPTIMISER: dict[str, Any] = {
+    "lr_scheduler_type": "cosine", "weight_decay": 0.001, "adam_beta2": 0.95, "max_grad_norm": 1.0,
+}  # fmt: skip
+
 PRESETS: dict[str, Preset] = {
     "default": Preset(
         gate=GateConfig(),
         training=GateSkipTrainingConfig(
             budget_end=0.5, schedule="sampled", compensation_learning_rate=1e-3
         ),
-        trainer={
-            "learning_rate": 1e-3, "lr_scheduler_type": "cosine", "warmup_steps": 10,
-            "weight_decay": 0.001, "adam_beta2": 0.95, "max_grad_norm": 1.0,
-        },
+        trainer=_OPTIMISER | {"learning_rate": 1e-3, "warmup_steps": 10},
         calibration={"allocation": "global", "weigh_cost": True},
         fit=True,
         steps=200,
@@ -61,10 +62,7 @@ PRESETS: dict[str, Preset] = {
             cost_kind="absolute", budget_end=0.75, schedule="constant",
             gate_learning_rate=5e-3, compensation_learning_rate=1e-3,
         ),
-        trainer={
-            "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 10,
-            "weight_decay": 0.001, "adam_beta2": 0.95, "max_grad_norm": 1.0,
-        },
+        trainer=_OPTIMISER | {"learning_rate": 2e-3, "warmup_steps": 10},
         calibration={"allocation": "global", "weigh_cost": True},
         fit=True,
         steps=200,
@@ -80,10 +78,7 @@ PRESETS: dict[str, Preset] = {
             thresholds="batch", budget_unit="keep", budget_start=1.0, budget_end=0.8,
             budget_steps=1.0, schedule="linear",
         ),
-        trainer={
-            "learning_rate": 3e-6, "lr_scheduler_type": "cosine", "warmup_steps": 1000,
-            "weight_decay": 0.001, "adam_beta1": 0.9, "adam_beta2": 0.95, "max_grad_norm": 1.0,
-        },
+        trainer=_OPTIMISER | {"learning_rate": 3e-6, "warmup_steps": 1000, "adam_beta1": 0.9},
         calibration={"allocation": "uniform", "weigh_cost": False},
         fit=False,
         steps=6800,
