@@ -16,7 +16,7 @@ import torch
 
 import gateskip
 from gateskip import kernels
-from gateskip.execution import layer as execution_layer
+from gateskip.execution import attention_branch, mlp_branch
 from gateskip.retrofit.attach import layers_of
 from gateskip.skipping import state as state_module
 from gateskip.skipping.call import Call
@@ -158,13 +158,13 @@ def ledger_is_what_ran(case: Case) -> bool:
 
 def drop_skipped_kv(patch: Patch) -> None:
     """Skipped tokens leave zeros in the cache instead of their keys and values."""
-    real = execution_layer.project_kv
+    real = attention_branch.project_kv
 
     def dropped(*args: Any) -> Any:
         k, v = real(*args)
         return torch.zeros_like(k), torch.zeros_like(v)
 
-    patch.setattr(execution_layer, "project_kv", dropped)
+    patch.setattr(attention_branch, "project_kv", dropped)
 
 
 def count_padding(patch: Patch) -> None:
@@ -227,7 +227,8 @@ def share_overrides(patch: Patch) -> None:
 
 def leave_compensation_out(patch: Patch) -> None:
     """Compacted execution adds nothing for skipped tokens."""
-    patch.setattr(execution_layer, "_compensate", lambda _branch, out, *_: out)
+    for module in (attention_branch, mlp_branch):
+        patch.setattr(module, "compensate", lambda _branch, out, *_: out)
 
 
 def multiply_instead(patch: Patch) -> None:
@@ -245,7 +246,7 @@ def multiply_instead(patch: Patch) -> None:
 
 def ignore_the_rows(patch: Patch) -> None:
     """The ledger forgets which rows entered the attention."""
-    patch.setattr(execution_layer, "_count", lambda *_: None)
+    patch.setattr(attention_branch, "_count", lambda *_: None)
 
 
 def forget_protection(patch: Patch) -> None:

@@ -198,7 +198,7 @@ def test_the_teacher_is_the_model_before_training(tmp_path: Path, backbone: str)
         expected = model.model(ids).last_hidden_state
     run = trainer(model, tmp_path, {"backbone": backbone, "distill": 0.5})
     run.train()
-    assert torch.equal(run._taught({"input_ids": ids}), expected)
+    assert torch.equal(run._causal_loss.taught({"input_ids": ids}), expected)
     entry = next(e for e in run.state.log_history if "distillation" in e)
     assert entry["loss"] == pytest.approx(
         0.5 * entry["cross_entropy"] + 0.5 * entry["distillation"], abs=1e-4
@@ -211,12 +211,12 @@ def test_the_teacher_is_the_model_itself_at_full_compute(tmp_path: Path, backbon
     options = {"backbone": backbone, "distill": 0.5, "teacher": "itself"}
     run = trainer(model, tmp_path, options)
     ids = random_ids(2, 12)
-    before = run._taught({"input_ids": ids})
+    before = run._causal_loss.taught({"input_ids": ids})
     run.train()
-    assert run._teacher is None
+    assert run._causal_loss.teacher is None
     with torch.no_grad(), dense(model):
         now = model.model(ids).last_hidden_state
-    found = run._taught({"input_ids": ids})
+    found = run._causal_loss.taught({"input_ids": ids})
     assert torch.equal(found, now)
     assert not torch.allclose(found, before, atol=1e-3)
 
@@ -322,13 +322,13 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path: Path)
         model_for_training(), tmp_path, {"backbone": "full"}, save_strategy="steps", save_steps=2,
         logging_nan_inf_filter=False,
     )  # fmt: skip
-    original = run._own_loss
+    original = run._causal_loss
 
     def loss(*args: Any) -> Tensor:
         found = original(*args)
         return found * float("nan") if run.state.global_step == 3 else found
 
-    run._own_loss = loss  # type: ignore[method-assign]
+    run._causal_loss = loss  # type: ignore[assignment]
     with pytest.raises(TrainingError, match=r"loss is nan at step 3.*checkpoint-2"):
         run.train()
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"

@@ -32,7 +32,7 @@ __all__ = ["Branch"]
 
 
 class Branch:
-    """What :mod:`~gateskip.execution.layer` asks of an attention or an MLP."""
+    """What a gated layer's forward pass asks of an attention or an MLP."""
 
     __slots__ = (
         "apart", "before", "call", "compensation", "family", "gate", "inverse", "key", "layer",

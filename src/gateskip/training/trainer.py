@@ -1,7 +1,4 @@
-"""``GateSkipTrainer``: Hugging Face's Trainer, with tokens really skipped while it trains.
-
-Shapes: B rows, T tokens, N labelled positions, H hidden.
-"""
+"""``GateSkipTrainer``: Hugging Face's Trainer, with tokens really skipped while it trains."""
 
 from __future__ import annotations
 
@@ -22,12 +19,11 @@ from gateskip.costs import saved_macs
 from gateskip.errors import ConfigError, TrainingError, UnsupportedError
 from gateskip.execution.api import dense
 from gateskip.execution.checkpoint import restore, save
-from gateskip.retrofit.attach import head_of, inner_model, is_gated, is_sharded
-from gateskip.retrofit.head import LogitHead
-from gateskip.retrofit.lora import without_lora
+from gateskip.retrofit.attach import inner_model, is_gated, is_sharded
 from gateskip.skipping.state import override, state_of
 from gateskip.training import backbone
 from gateskip.training.after_step import AfterStep
+from gateskip.training.causal_loss import CausalLoss
 from gateskip.training.checkpoints import (
     check_options,
     last_checkpoint,
@@ -37,9 +33,7 @@ from gateskip.training.checkpoints import (
 from gateskip.training.checks import check_combination, check_thresholds, cost_target_of
 from gateskip.training.config import GateSkipTrainingConfig
 from gateskip.training.dataset import Collator, SeededLengths, TokenDataset
-from gateskip.training.exit_loss import exit_loss
-from gateskip.training.head_loss import head_loss
-from gateskip.training.objective import GateObjective, SkipMeter, labelled, rates_of
+from gateskip.training.objective import GateObjective, SkipMeter, rates_of
 from gateskip.training.penalty import BY_MEAN, GateMeans
 from gateskip.training.schedule import budget_at, penalty_at, temperature_at
 from gateskip.training.sharding import average_added
@@ -114,7 +108,7 @@ class GateSkipMixin:
                 "several GPUs in one process (DataParallel) lose this thread's budget; start one "
                 "process per GPU (torchrun, accelerate launch)."
             )
-        if self._teaches and not self._plain():
+        if config.distill and not self._plain():
             raise UnsupportedError(
                 f"distill={config.distill} needs GateSkipTrainer's own loss: one process, no label "
                 "smoothing, no compute_loss_func, no other trainer's; set distill=0."
@@ -124,18 +118,13 @@ class GateSkipMixin:
                 f"exit_loss={config.exit_loss!r} needs GateSkipTrainer's own loss: one process, no "
                 "label smoothing, no compute_loss_func, no other trainer's."
             )
-        copied = self._teaches and config.backbone == "full" and config.teacher == "before"
-        self._teacher = backbone.dense_copy(self._gated) if copied else None
+        self._causal_loss = CausalLoss(self._gated, config, skips=self._skips, note=self._note)
         self.add_callback(AfterStep(self))  # type: ignore[attr-defined]
 
     @property
     def _gated(self) -> Any:
         """The gated model, within whatever wraps it."""
         return inner_model(self.model)
-
-    @property
-    def _teaches(self) -> bool:
-        return self.gateskip_args.distill > 0.0
 
     # -- one step ---------------------------------------------------------------------------
 
@@ -213,7 +202,8 @@ class GateSkipMixin:
         items = num_items_in_batch if training else None
         with self._context(budget, objective, training):
             if training and self._plain():
-                found: Any = self._own_loss(inputs, items)
+                with self.accelerator.autocast():  # the Trainer wraps model.forward, no decoder's
+                    found: Any = self._causal_loss(inputs, items, self.state.global_step)
                 outputs = None
             else:
                 found = super().compute_loss(  # type: ignore[misc]
@@ -311,68 +301,6 @@ class GateSkipMixin:
     def _plain(self) -> bool:
         """Whether the loss is a causal language model's own, which we compute by chunks."""
         return False
-
-    def _own_loss(self, inputs: dict[str, Any], items: Any) -> Tensor:
-        gated = state_of(self._gated)
-        labels_BT = inputs["labels"]
-        given = {k: v for k, v in inputs.items() if k != "labels"}
-        decoder, head = self._gated.get_submodule(gated.family.decoder), self._head(self._gated)
-        chosen_BT = labelled(labels_BT)
-        target_N = labels_BT[:, 1:][chosen_BT]
-        if self.gateskip_args.exit_loss != "none":
-            return self._exit_loss(given, chosen_BT, target_N, items)
-        with self.accelerator.autocast():  # the Trainer wraps model.forward, not the decoder's
-            hidden_NH = decoder(**given, use_cache=False).last_hidden_state[:, :-1][chosen_BT]
-            teacher_NH = self._taught(given)[:, :-1][chosen_BT] if self._teaches else None
-            total, entropy, divergence = head_loss(
-                head, hidden_NH, target_N, teacher_NH, self.gateskip_args.distill,
-                head if self._teacher is None else self._head(self._teacher),
-            )  # fmt: skip
-        n = target_N.shape[0] if items is None else items
-        self._note("cross_entropy", entropy / n)
-        if self._teaches:
-            self._note("distillation", divergence / n)
-        return total / n
-
-    def _exit_loss(
-        self, given: dict[str, Any], chosen_BT: Tensor, target_N: Tensor, items: Any
-    ) -> Tensor:
-        family = state_of(self._gated).family
-        decoder, head = self._gated.get_submodule(family.decoder), self._head(self._gated)
-        norm = getattr(decoder, family.final_norm)
-        n = target_N.shape[0] if items is None else items
-        with self.accelerator.autocast():
-            out = decoder(**given, use_cache=False, output_hidden_states=True)
-            states = [norm(h[:, :-1][chosen_BT]) for h in out.hidden_states[1:-1]]
-            states.append(out.last_hidden_state[:, :-1][chosen_BT])
-            total, distance = exit_loss(
-                head, states, target_N, self.gateskip_args, self.state.global_step
-            )
-        if distance is not None:
-            self._note("exit_distillation", distance / n)
-            total = total + self.gateskip_args.exit_distill * distance
-        self._note("exit_loss", total / n)
-        return total / n
-
-    def _head(self, model: Any) -> LogitHead:
-        head = head_of(model)
-        assert head is not None
-        return LogitHead(head, state_of(self._gated).family, model.config)
-
-    @torch.no_grad()
-    def _taught(self, given: dict[str, Any]) -> Tensor:
-        """Hidden states of the teacher: no gates, no skipping, ``[B, T, H]``."""
-        family = state_of(self._gated).family
-        if self._teacher is not None:
-            decoder = self._teacher.get_submodule(family.decoder)
-            return decoder(**given, use_cache=False).last_hidden_state
-        with contextlib.ExitStack() as stack:
-            if self._skips:
-                stack.enter_context(dense(self._gated))
-            if self.gateskip_args.teacher == "before":
-                stack.enter_context(without_lora(self._gated))
-            decoder = self._gated.get_submodule(family.decoder)
-            return decoder(**given, use_cache=False).last_hidden_state
 
     def _not_finite(self, what: str, value: float) -> str:
         saved = last_checkpoint(Path(self.args.output_dir))
