@@ -14,13 +14,15 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,explain]'
 	touch $(STAMP)
 
+# A test computes with one thread; workers start with torch, so more than cores is no gain.
+JOBS ?= 2
 test: setup
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check --no-cache .
 	$(BIN)/mypy
 	$(BIN)/python docs/build.py --check
 	$(BIN)/python experiments/evidence.py --check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 fix: setup
 	$(BIN)/ruff check --fix .
