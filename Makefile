@@ -34,7 +34,7 @@ demo: setup
 bench: setup demo-output/gates
 	$(BIN)/python benchmarks/run.py --gates demo-output/gates \
 	  --data examples/demo/data/heldout.jsonl --keep 0.75 0.5 0.3 --new-tokens 32 \
-	  --json benchmarks/results/bench_smollm2_135m.json
+	  --json build/bench_smollm2_135m.json
 
 demo-output/gates:
 	$(MAKE) demo
@@ -43,7 +43,8 @@ docs: setup
 	$(BIN)/python docs/build.py
 
 # `make evidence HOURS=2 DATA=folder` makes what is missing; DATA holds the public sets that
-# experiments/smollm2/texts.py names, and without it real text is left out.
+# experiments/smollm2/texts.py names, and in eval/ the questions of experiments/smollm2/tasks.
+# Without it real text is left out.
 HOURS ?= 2
 DATA ?=
 evidence: setup
@@ -54,7 +55,7 @@ evidence: setup
 	  --models build/lab/models
 	$(BIN)/python experiments/lab/timing.py experiments/results/lab build/lab/models
 ifneq ($(DATA),)
-	$(BIN)/python examples/demo/model.py
+	$(BIN)/python examples/demo/model.py --unpack
 	$(BIN)/python experiments/smollm2/texts.py $(DATA) build/smollm2/texts
 	$(BIN)/python experiments/smollm2/trained.py build/demo/SmolLM2-135M-Instruct \
 	  build/smollm2/texts $(DATA)/eval experiments/results/smollm2 --budget-hours $(HOURS) \

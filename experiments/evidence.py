@@ -58,13 +58,13 @@ TITLES = {
     "smollm2": "SmolLM2-135M, trained",
     "smollm2_untrained": "SmolLM2-135M, methods without training",
 }
+TIMES = "Means over seeds; fitting and calibration are in the time, and other work was beside it."
 #: What speeds of a small model do not say.
 SPEEDS = (
-    "Means over seeds, training times with other work beside them; speed-ups are over the dense "
-    "model of Hugging Face on the same tokens. In a model as small as the lab's, deciding and "
+    "Speed-ups are over the dense model of Hugging Face on the same tokens; what static methods "
+    "leave is timed as the plain model that it is. In a model as small as the lab's, deciding and "
     "gathering cost more than is saved in prefill, and in decoding gates run on kernels that the "
-    "dense model does not have; what static methods leave is timed as the plain model that it is. "
-    "Speeds at a real size are in the README."
+    "dense model does not have. Speeds at a real size are in the README."
 )
 #: Savings further apart than this are said to be.
 POINT = 0.01
@@ -85,9 +85,9 @@ hand but the published figures, which are in `experiments/published.py`.
   everything. So do `int8` (the control with 8-bit weights) and `smaller` (a smaller model that was
   trained alike; its column is what it saves by being small).
 - All arms of a bench see the same rows in the same order for the same steps, under one optimiser
-  and rate, but routers alone, which have a rate of their own. Where a method cannot save so much as
-  it is, more of the model gets it (`mixture_of_depths`: every layer instead of every second;
-  `router_tuning`: MLPs too). The schedule of gates was chosen by attempts on problems that no test
+  and one rate of the backbone; routers, gates that learn and compensation have rates of their own,
+  which the result files name. Where a method cannot save so much as it is, more of the model gets
+  it (`mixture_of_depths`: every layer instead of every second; `router_tuning`: MLPs too). The schedule of gates was chosen by attempts on problems that no test
   uses (docs/log.md) and is that of `random`; other methods train as their papers say, and none
   was tuned, but `skipgpt`, which goes without its Gumbel noise (with it: variant `noisy`).
 - Differences are paired by seed, and positive where gates are better. p is the paired t test's,
@@ -259,7 +259,7 @@ def _told(one: Comparison) -> str:
 def costs(found: Sequence[Summary]) -> list[str]:
     """Training time, speed and memory, means over seeds."""
     fields = (
-        ("training, s", "seconds", "{:.0f}"), ("prefill", "prefill_speedup", "{:.2f}×"),
+        ("fit and training, s", "seconds", "{:.0f}"), ("prefill", "prefill_speedup", "{:.2f}×"),
         ("decode", "decode_speedup", "{:.2f}×"), ("peak memory, MB", "peak_memory_mb", "{:.0f}"),
     )  # fmt: skip
     used = [f for f in fields if any(s.mean_of(f[1]) is not None for s in found)]
@@ -271,7 +271,8 @@ def costs(found: Sequence[Summary]) -> list[str]:
         if any(value is not None for value, _ in values):
             texts = [NONE if v is None else form.format(v) for v, form in values]
             rows.append([f"`{summary.method}`", percent(summary.saved_macs), *texts])
-    lines = ["### Time and memory", "", SPEEDS, ""]
+    timed = any(field == "prefill_speedup" for _, field, _ in used)
+    lines = ["### Time and memory", "", f"{TIMES} {SPEEDS}" if timed else TIMES, ""]
     return lines + markdown(["method", "saved", *(name for name, _, _ in used)], rows)
 
 

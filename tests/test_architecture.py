@@ -24,7 +24,7 @@ ORDER = (
     ("decoding",),
     ("methods",),
     ("evaluation",),
-    ("serving", "explain"),
+    ("explain",),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
