@@ -87,9 +87,10 @@ hand but the published figures, which are in `experiments/published.py`.
 - All arms of a bench see the same rows in the same order for the same steps, under one optimiser
   and one rate of the backbone; routers, gates that learn and compensation have rates of their own,
   which the result files name. Where a method cannot save so much as it is, more of the model gets
-  it (`mixture_of_depths`: every layer instead of every second; `router_tuning`: MLPs too). The schedule of gates was chosen by attempts on problems that no test
-  uses (docs/log.md) and is that of `random`; other methods train as their papers say, and none
-  was tuned, but `skipgpt`, which goes without its Gumbel noise (with it: variant `noisy`).
+  it (`mixture_of_depths`: every layer instead of every second; `router_tuning`: MLPs too). The
+  schedule of gates was chosen by attempts on problems that no test uses (docs/log.md) and is that
+  of `random`; other methods train as their papers say, and none was tuned, but `skipgpt`, which
+  goes without its Gumbel noise (with it: variant `noisy`).
 - Differences are paired by seed, and positive where gates are better. p is the paired t test's,
   two-sided; beside it that of all sign flips, which with n seeds is never below 2^(1−n). Holm's
   correction is over the rows of a table, methods that skip and those that compute everything apart.
