@@ -21,6 +21,7 @@ from gateskip.cli.info import info
 from gateskip.cli.latency import latency
 from gateskip.cli.sweep import sweep
 from gateskip.cli.train import train
+from gateskip.cli.train_method import train_method
 from gateskip.cli.tune_draft import tune_draft
 from gateskip.errors import GateSkipError
 
@@ -36,6 +37,7 @@ app = typer.Typer(
 for _name, _command in (
     ("fit", fit),
     ("train", train),
+    ("train-method", train_method),
     ("calibrate", calibrate),
     ("latency", latency),
     ("generate", generate),

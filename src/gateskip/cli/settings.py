@@ -1,8 +1,8 @@
 """``--config FILE`` and ``--set KEY=VALUE``: a command's options from YAML or TOML.
 
 Keys are option names. A command may also have *sections*, the fields of the dataclasses behind it:
-``gate:``, ``training:`` and, of Hugging Face's TrainingArguments, ``trainer:``. The later of these
-wins: preset, file, options, ``--set``.
+``gate:``, ``training:``, ``method:`` and, of Hugging Face's TrainingArguments, ``trainer:``. The
+later of these wins: preset, file, options, ``--set``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import typer
 from gateskip.config import GateConfig, one_of
 from gateskip.errors import ConfigError
 
-__all__ = ["configurable", "keep_preset", "section"]
+__all__ = ["checked_fields", "configurable", "keep_preset", "section"]
 
 #: Training arguments that are ours to pass on; steps, batch and folders are options.
 TRAINER = (
@@ -162,8 +162,16 @@ def _checked(name: str, values: Any, where: str) -> dict[str, Any]:
         for key in values:
             one_of(f"{where}: {name} field", key, TRAINER)
         return {key: _number(value) for key, value in values.items()}
+    if name == "method":
+        return values  # of which one, an argument says; the command checks them
+    return checked_fields(name, values, where, _dataclass(name))
+
+
+def checked_fields(
+    name: str, values: Mapping[str, Any], where: str, dataclass: type
+) -> dict[str, Any]:
+    """Fields of a dataclass, their names and types held against it. Raises ConfigError."""
     found = {}
-    dataclass = _dataclass(name)
     hints = typing.get_type_hints(dataclass)
     fields = tuple(field.name for field in dataclasses.fields(dataclass))
     for key, value in values.items():

@@ -205,7 +205,10 @@ def _makers(
 
     def theirs(name: str, options: dict[str, int]) -> nn.Module:
         if METHODS.get(name).trained:
-            raise ConfigError("it needs training; train it, save it, and name the folder in gates.")
+            raise ConfigError(
+                f"it needs training: gateskip train-method MODEL {name} --budget ..., then name "
+                "that folder in gates (--gates)."
+            )
         tables = issubclass(METHODS.get(name), TableMethod)
         return apply(name, gated() if tables else copy.deepcopy(model), to_calibrate, **options)
 

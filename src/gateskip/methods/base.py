@@ -24,11 +24,14 @@ class Method(ABC):
     Attributes:
         paper: where it comes from. causal: see :class:`~gateskip.skipping.rule.Rule`.
         trained: whether it is of no use before it is trained.
+        calibrated: whether thresholds are found on text, and again after a training; not so where
+            branches are removed for good.
     """
 
     paper: ClassVar[str]
     causal: ClassVar[bool] = True
     trained: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = True
 
     @classmethod
     def of(cls, name: str, options: dict[str, Any]) -> Self:

@@ -39,6 +39,7 @@ class Static(Method):
 
     #: Whether a token decides for whole layers, as training with layer dropout needs.
     decision: ClassVar[str] = "branch"
+    calibrated: ClassVar[bool] = False
     max_tokens: int = 12_000
 
     @abstractmethod

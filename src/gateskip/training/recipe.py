@@ -20,13 +20,12 @@ from torch import nn
 from transformers.trainer_callback import PrinterCallback
 
 from gateskip.calibration.thresholds import calibrate
-from gateskip.config import GateConfig
 from gateskip.data import encode
 from gateskip.errors import CheckpointError, ConfigError, DataError
 from gateskip.execution.card import gate_rows, write_card
 from gateskip.execution.checkpoint import restore, save
 from gateskip.fitting.closed_form import fit
-from gateskip.skipping.state import state_of
+from gateskip.skipping.state import GateSkipState, state_of
 from gateskip.training.checkpoints import (
     CHECKPOINTS,
     START,
@@ -113,6 +112,7 @@ def train(
     callbacks: list[Any] | None = None,
     command: str = "",
     progress: bool = False,
+    recalibrates: bool = True,
 ) -> TrainReport:
     """Train a fitted and calibrated model, calibrate it again, and save it to ``out``.
 
@@ -122,6 +122,7 @@ def train(
             evaluations that ``arguments`` ask for.
         arguments: Hugging Face ``TrainingArguments``; its output folder keeps the checkpoints.
         resume: go on from the last complete checkpoint. command: for the card.
+        recalibrates: False where thresholds are no quantiles of scores, but say what is removed.
 
     Raises:
         CheckpointError: nothing to resume from, or made with other options.
@@ -149,7 +150,7 @@ def train(
     history: list[dict[str, float]] = list(trainer.state.log_history)
     losses = [entry["loss"] for entry in history if "loss" in entry]
     policy = state_of(model).policy
-    if options.arm == "gateskip" and options.thresholds != "learned":
+    if recalibrates and options.arm == "gateskip" and options.thresholds != "learned":
         policy = recalibrate(
             model, texts, tokenizer, grid=CALIBRATION_GRID, max_length=max_length,
             progress=progress,
@@ -167,14 +168,18 @@ def train(
         state = state_of(model)
         write_card(
             out, base=str(state.base.get("name_or_path") or "the base model"),
-            rows=_card_rows(state.config, options, report, command, int(arguments.seed)),
+            rows=_card_rows(state, options, report, command, int(arguments.seed)),
             table=policy,
         )  # fmt: skip
     return report
 
 
 def _card_rows(
-    gate: GateConfig, options: GateSkipTrainingConfig, report: TrainReport, command: str, seed: int
+    state: GateSkipState,
+    options: GateSkipTrainingConfig,
+    report: TrainReport,
+    command: str,
+    seed: int,
 ) -> dict[str, str]:
     backbone = {
         "frozen": "frozen",
@@ -185,9 +190,9 @@ def _card_rows(
     added = [name for name, moved in parts if moved]
     budgets = f"{options.budget_unit} {options.budget_start:g} to {options.budget_end:g}"
     return {
-        "arm": arm_of(gate, options),
+        "arm": state.method if options.arm == "gateskip" else options.arm,
         "command": f"`{command}`",
-        **gate_rows(gate),
+        **gate_rows(state.config),
         "trained beside the backbone": " and ".join(added) or "nothing",
         "backbone": backbone,
         "budgets in training": f"{budgets}, {options.schedule}, thresholds {options.thresholds}",
@@ -219,11 +224,6 @@ def plan_of(
             gateskip_args=plain, processing_class=tokenizer,
         )  # fmt: skip
     return plan(trainer)
-
-
-def arm_of(gate: GateConfig, options: GateSkipTrainingConfig) -> str:
-    """``"gateskip"``, ``"control"`` or ``"random"``."""
-    return "random" if gate.importance == "random" else options.arm
 
 
 def _finished(checkpoint: Path, max_steps: int) -> bool:
