@@ -20,7 +20,18 @@ from gateskip.cli.output import (
     write_json,
 )
 from gateskip.cli.settings import configurable, keep_preset, section
-from gateskip.cli.train_plan import check_reports, length_of, print_plan
+from gateskip.cli.train_plan import (
+    AccumulateOption,
+    BatchSizeOption,
+    LengthOption,
+    SaveEveryOption,
+    StepsOption,
+    TrainingDataOption,
+    TrainOutOption,
+    check_reports,
+    length_of,
+    print_plan,
+)
 
 __all__ = ["train"]
 
@@ -48,21 +59,16 @@ def _take_preset(context: typer.Context, name: str | None) -> str | None:
 def train(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Hugging Face folder or name of the base model.")],
-    data: Annotated[
-        str, typer.Option(metavar="FILE|NAME", help="A .jsonl or text file, or a dataset's name.")
-    ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for what is trained.")],
+    data: TrainingDataOption,
+    out: TrainOutOption,
     calibration_data: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Text for the thresholds; --data where left out."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 200,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of one forward pass.")] = 8,
-    accumulate: Annotated[int, typer.Option(min=1, help="Forward passes per step.")] = 1,
-    max_length: Annotated[
-        int | None,
-        typer.Option(min=2, help="Tokens per row; 512 or what the model takes if left out."),
-    ] = None,
+    steps: StepsOption = 200,
+    batch_size: BatchSizeOption = 8,
+    accumulate: AccumulateOption = 1,
+    max_length: LengthOption = None,
     backbone: Annotated[str, typer.Option(help="frozen, lora or full.")] = "lora",
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA layers.")] = 8,
     learning_rate: Annotated[
@@ -134,7 +140,7 @@ def train(
     gates: Annotated[
         str | None, typer.Option(metavar="DIR", help="Start from these gates instead of a fit.")
     ] = None,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
+    save_every: SaveEveryOption = 50,
     eval_data: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Held-out rows, evaluated at the lowest budget."),

@@ -18,7 +18,16 @@ from gateskip.cli.output import (
     write_json,
 )
 from gateskip.cli.settings import checked_fields, configurable, section
-from gateskip.cli.train_plan import length_of
+from gateskip.cli.train_plan import (
+    AccumulateOption,
+    BatchSizeOption,
+    LengthOption,
+    SaveEveryOption,
+    StepsOption,
+    TrainingDataOption,
+    TrainOutOption,
+    length_of,
+)
 
 __all__ = ["train_method"]
 
@@ -30,10 +39,8 @@ def train_method(
     name: Annotated[
         str, typer.Argument(metavar="METHOD", help="skipgpt, mixture_of_depths, shortgpt, ...")
     ],
-    data: Annotated[
-        str, typer.Option(metavar="FILE|NAME", help="A .jsonl or text file, or a dataset's name.")
-    ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for what is trained.")],
+    data: TrainingDataOption,
+    out: TrainOutOption,
     budget: Annotated[
         float, typer.Option(help="Share of decoder MACs to spend, which it is trained for.")
     ] = 0.75,
@@ -41,13 +48,10 @@ def train_method(
         Path | None,
         typer.Option(metavar="FILE", help="Text for orders and thresholds; --data where left out."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of all stages.")] = 200,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of one forward pass.")] = 8,
-    accumulate: Annotated[int, typer.Option(min=1, help="Forward passes per step.")] = 1,
-    max_length: Annotated[
-        int | None,
-        typer.Option(min=2, help="Tokens per row; 512 or what the model takes if left out."),
-    ] = None,
+    steps: StepsOption = 200,
+    batch_size: BatchSizeOption = 8,
+    accumulate: AccumulateOption = 1,
+    max_length: LengthOption = None,
     backbone: Annotated[
         str | None,
         typer.Option(help="lora or full, in stages that train it; else the method's own."),
@@ -58,7 +62,7 @@ def train_method(
     router_learning_rate: Annotated[
         float, typer.Option(help="Of routers that learn in a frozen model.")
     ] = 1e-3,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
+    save_every: SaveEveryOption = 50,
     seed: Annotated[int, typer.Option(help="Of data order, LoRA, and what a method draws.")] = 0,
     dtype: DtypeOption = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --out.")] = False,

@@ -1,14 +1,43 @@
-"""What ``gateskip train`` checks before it loads a model, and the plan that it prints."""
+"""What the commands that train share: options, checks before a model is loaded, the plan."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from gateskip.errors import ConfigError
 
-__all__ = ["check_reports", "length_of", "print_plan"]
+__all__ = [
+    "AccumulateOption",
+    "BatchSizeOption",
+    "LengthOption",
+    "SaveEveryOption",
+    "StepsOption",
+    "TrainOutOption",
+    "TrainingDataOption",
+    "check_reports",
+    "length_of",
+    "print_plan",
+]
+
+TrainingDataOption = Annotated[
+    str, typer.Option(metavar="FILE|NAME", help="A .jsonl or text file, or a dataset's name.")
+]
+TrainOutOption = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="Folder for what is trained.")
+]
+StepsOption = Annotated[int, typer.Option(min=1, help="Optimiser steps.")]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Rows of one forward pass.")]
+AccumulateOption = Annotated[int, typer.Option(min=1, help="Forward passes per step.")]
+LengthOption = Annotated[
+    int | None,
+    typer.Option(min=2, help="Tokens per row; 512 or what the model takes if left out."),
+]
+SaveEveryOption = Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")]
 
 LENGTH = 512
 
