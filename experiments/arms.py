@@ -30,7 +30,7 @@ import gateskip
 from gateskip import methods
 from gateskip.data import encode
 from gateskip.errors import BudgetError, TrainingError
-from gateskip.evaluation.results import CONTROL, DENSE, INSTEAD
+from gateskip.evaluation.runs import CONTROL, DENSE, INSTEAD
 from gateskip.methods.static import Static
 from gateskip.skipping.capacity import capacity
 from gateskip.skipping.state import state_of

@@ -37,18 +37,8 @@ from evidence_text import (
 )
 
 from gateskip.errors import GateSkipError
-from gateskip.evaluation.results import (
-    CONTROL,
-    DENSE,
-    METRICS,
-    Comparison,
-    Run,
-    Summary,
-    comparisons,
-    difference,
-    read_runs,
-    summaries,
-)
+from gateskip.evaluation.results import Comparison, Summary, comparisons, difference, summaries
+from gateskip.evaluation.runs import CONTROL, DENSE, METRICS, Run, read_runs
 from gateskip.evaluation.statistics import wilson_interval
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,7 +9,8 @@ from typing import Any
 
 from evidence_text import order
 
-from gateskip.evaluation.results import CONTROL, DENSE, METRICS, Summary
+from gateskip.evaluation.results import Summary
+from gateskip.evaluation.runs import CONTROL, DENSE, METRICS
 from gateskip.explain.pareto import STYLES
 from gateskip.explain.plot import check_plotting, write_figure
 

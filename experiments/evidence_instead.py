@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from evidence_text import NONE, estimate_text, markdown, percent, shown
 
-from gateskip.evaluation.results import GATES, INSTEAD, METRICS, Summary
+from gateskip.evaluation.results import Summary
+from gateskip.evaluation.runs import GATES, INSTEAD, METRICS
 
 __all__ = ["at_speed", "section"]
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from evidence_text import NONE, estimate_text, markdown, order, percent
 
-from gateskip.evaluation.results import Run, Summary
+from gateskip.evaluation.results import Summary
+from gateskip.evaluation.runs import Run
 from gateskip.evaluation.statistics import estimate
 
 __all__ = ["section"]

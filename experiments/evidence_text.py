@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from gateskip.evaluation.results import CONTROL, DENSE, GATES, Summary
+from gateskip.evaluation.results import Summary
+from gateskip.evaluation.runs import CONTROL, DENSE, GATES
 from gateskip.evaluation.statistics import Estimate, Interval, PairedDifference
 
 __all__ = [

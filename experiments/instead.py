@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import gateskip
-from gateskip.evaluation.results import INSTEAD
+from gateskip.evaluation.runs import INSTEAD
 from gateskip.skipping.state import state_of
 
 __all__ = ["INT8", "SMALLER", "macs_saved", "quantised"]

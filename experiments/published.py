@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from evidence_text import NONE, estimate_text, markdown, percent
 
-from gateskip.evaluation.results import GATES, Summary
+from gateskip.evaluation.results import Summary
+from gateskip.evaluation.runs import GATES
 
 __all__ = ["section"]
 

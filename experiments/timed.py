@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 import gateskip
 from gateskip.evaluation.bench import run_bench
-from gateskip.evaluation.results import GATES, INSTEAD
+from gateskip.evaluation.runs import GATES, INSTEAD
 from gateskip.execution.stack import LAST
 from gateskip.execution.timing import clock, decode, keep_freed_memory, peak_rss, prefill
 

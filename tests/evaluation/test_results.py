@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from gateskip.errors import DataError
-from gateskip.evaluation.results import Run, comparisons, control_of, read_runs, summaries
+from gateskip.evaluation.results import comparisons, control_of, summaries
+from gateskip.evaluation.runs import Run, read_runs
 from gateskip.evaluation.statistics import holm, paired_difference, t_interval
 
 

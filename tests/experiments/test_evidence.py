@@ -20,7 +20,7 @@ import evidence_instead  # noqa: E402
 import published  # noqa: E402
 
 from gateskip.errors import DataError  # noqa: E402
-from gateskip.evaluation.results import read_runs  # noqa: E402
+from gateskip.evaluation.runs import read_runs  # noqa: E402
 from gateskip.evaluation.statistics import holm, t_interval, wilson_interval  # noqa: E402
 
 SEEDS = 3

@@ -18,7 +18,7 @@ import model as lab_model  # noqa: E402
 import timing  # noqa: E402
 
 import run as lab  # noqa: E402
-from gateskip.evaluation.results import read_runs  # noqa: E402
+from gateskip.evaluation.runs import read_runs  # noqa: E402
 
 SMALL = ("--steps", "4", "--batch-size", "4", "--problems", "8", "--seeds", "0")
 

@@ -22,7 +22,7 @@ sys.path[:0] = [str(EXPERIMENTS), str(SMOLLM2)]
 
 import trained  # noqa: E402
 
-from gateskip.evaluation.results import read_runs  # noqa: E402
+from gateskip.evaluation.runs import read_runs  # noqa: E402
 
 
 @pytest.fixture
