@@ -83,7 +83,8 @@ def test_a_method_that_cannot_save_so_much_says_how(
     start = given(folder, out, "mixture_of_depths", "--steps", 1, "--budget", 0.35)
     assert "every=1" in fails(capsys, *start)
     assert not out.exists()
-    run(*start, "--set", "method.every=1")
+    more = ("--set", "trainer.data_seed=3", "--set", "trainer.warmup_steps=0")
+    run(*start, "--set", "method.every=1", *more)
     assert (out / "gateskip_config.json").is_file()
     other = fails(capsys, *start, "--set", "method.every=2", "--resume")
     assert "begun with" in other
@@ -99,6 +100,7 @@ def test_a_method_that_cannot_save_so_much_says_how(
         (("skipgpt", "--budget", 1.5), "compute=1.5"),
         (("skipgpt", "--backbone", "frozen"), "backbone='frozen' must be 'lora' or 'full'"),
         (("skipgpt", "--learning-rate", 0), "learning_rate=0.0"),
+        (("skipgpt", "--set", "trainer.learning_rate=-1"), "learning_rate=-1"),
         (("skipgpt", "--steps", 1), "steps=1 are too few for 2 stages"),
         (("skipgpt", "--resume"), "no training of a method to resume"),
     ],

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,10 +29,17 @@ from gateskip.cli.train_plan import (
     StepsOption,
     TrainingDataOption,
     TrainOutOption,
+    check_evaluations,
     check_reports,
+    fixed_arguments,
     length_of,
     print_plan,
+    trainer_arguments,
 )
+from gateskip.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gateskip.config import GateConfig
 
 __all__ = ["train"]
 
@@ -171,7 +179,6 @@ def train(
     """Train a model to skip, and save gates, thresholds and what changed in the backbone."""
     given = {name: value for name, value in locals().items() if name != "context"}
     from gateskip.config import GateConfig, one_of
-    from gateskip.errors import ConfigError
     from gateskip.retrofit.checkpoint import check_output_folder
 
     one_of("arm", arm, ("gateskip", "control", "random"))
@@ -213,14 +220,8 @@ def train(
 
     check_reports(report_to or [])
     check_repository(push_to_hub)
-    if early_stopping and eval_data is None:
-        raise ConfigError(f"early_stopping={early_stopping} needs --eval-data.")
     every = save_every if eval_every is None else eval_every
-    if early_stopping and save_every % every:
-        raise ConfigError(
-            f"eval_every={every} does not divide save_every={save_every}, so the best evaluation "
-            "would have no checkpoint."
-        )
+    check_evaluations(early_stopping, eval_data, every, save_every)
     rows = read_rows(data)
     calibration_rows = None if calibration_data is None else read_texts(calibration_data)
     eval_rows = None if eval_data is None else read_texts(eval_data)
@@ -232,22 +233,15 @@ def train(
     from gateskip.training.progress import TrainingProgress
 
     mixed = options.backbone == "full" and dtype == "auto"
-    import torch
     from transformers import TrainingArguments
 
     default = {"full": 1e-4}.get(options.backbone, 1e-3)
-    fixed: dict[str, Any] = {
-        "max_steps": steps, "per_device_train_batch_size": batch_size, "seed": seed,
-        "gradient_accumulation_steps": accumulate, "save_steps": save_every,
-        "use_cpu": not torch.accelerator.is_available(), "disable_tqdm": True,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-    }  # fmt: skip
-    chosen_by_user = section("trainer", {
+    fixed = {"max_steps": steps} | fixed_arguments(batch_size, accumulate, save_every, seed)
+    chosen_by_user = section("trainer", trainer_arguments(
+        steps, mixed=mixed, report_to=report_to or ()
+    ) | {
         "learning_rate": default if learning_rate is None else learning_rate,
-        "lr_scheduler_type": "cosine", "warmup_steps": max(1, steps // 20), "weight_decay": 0.001,
-        "adam_beta2": 0.95, "bf16": mixed, "logging_steps": max(1, min(10, steps // 10)),
-        "save_total_limit": 2, "report_to": report_to or [],
-        "train_sampling_strategy": "group_by_length",
+        "warmup_steps": max(1, steps // 20),
     }, context, {})  # fmt: skip
     if eval_rows is not None:
         fixed |= {
@@ -268,16 +262,7 @@ def train(
     begun = str(out / recipe.START) if resume else gates
     if begun is not None:
         gated, _ = load_gated(begun, model, chosen)
-        there = state_of(gated).config
-        if arm != "control" and (arm == "random") != (there.importance == "random"):
-            raise ConfigError(f"arm={arm!r}, but {begun} has importance={there.importance!r}.")
-        if arm == "random":
-            asked.pop("importance")  # held against the gates just now
-        for name, value in config.to_json().items():
-            if name in asked and there.to_json()[name] != value:
-                raise ConfigError(
-                    f"{name}={value!r}, but {begun} has gates with {there.to_json()[name]!r}."
-                )
+        _check_gates(begun, state_of(gated).config, config, asked, arm)
     else:
         gated, _ = load_base(model, chosen)
     if begun is None:
@@ -329,3 +314,15 @@ def train(
     console.print(f"Saved to {out}.")
     push(console, out, push_to_hub)
     write_json(json, {"out": str(out), "options": options.to_json()} | dataclasses.asdict(report))
+
+
+def _check_gates(
+    where: str, there: GateConfig, config: GateConfig, asked: Mapping[str, Any], arm: str
+) -> None:
+    """Raise ConfigError where saved gates are not what was asked for."""
+    if arm != "control" and (arm == "random") != (there.importance == "random"):
+        raise ConfigError(f"arm={arm!r}, but {where} has importance={there.importance!r}.")
+    theirs = there.to_json()
+    for name, value in config.to_json().items():
+        if name in asked and theirs[name] != value:
+            raise ConfigError(f"{name}={value!r}, but {where} has gates with {theirs[name]!r}.")

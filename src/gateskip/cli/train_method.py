@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -26,7 +26,9 @@ from gateskip.cli.train_plan import (
     StepsOption,
     TrainingDataOption,
     TrainOutOption,
+    fixed_arguments,
     length_of,
+    trainer_arguments,
 )
 
 __all__ = ["train_method"]
@@ -87,10 +89,14 @@ def train_method(
     options = {key: value for key, value in drawn.items() if key in known}
     options |= checked_fields("method", section("method", {}, context, {}), "method", found)
     default = 1e-4 if backbone == "full" else 1e-3
+    mixed = backbone == "full" and dtype == "auto"
+    arguments = section("trainer", trainer_arguments(steps, mixed=mixed) | {
+        "learning_rate": default if learning_rate is None else learning_rate,
+    }, context, {})  # fmt: skip
     plan = recipe.Recipe(
         name=name, options=options, compute=budget, steps=steps,
         backbone=backbone,  # type: ignore[arg-type]
-        learning_rate=default if learning_rate is None else learning_rate,
+        learning_rate=arguments.pop("learning_rate"),
         router_learning_rate=router_learning_rate,
     )  # fmt: skip
     rows = read_rows(data)
@@ -99,23 +105,10 @@ def train_method(
     if resume:
         recipe.check_resume(plan, out)
 
-    import torch
-
     from gateskip.training.progress import TrainingProgress
     from gateskip.training.recipe import check_rows, check_tokenizer
 
-    mixed = backbone == "full" and dtype == "auto"
-    arguments: dict[str, Any] = {
-        "per_device_train_batch_size": batch_size, "seed": seed,
-        "gradient_accumulation_steps": accumulate, "save_steps": save_every,
-        "use_cpu": not torch.accelerator.is_available(), "disable_tqdm": True,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-    }  # fmt: skip
-    arguments |= section("trainer", {
-        "lr_scheduler_type": "cosine", "weight_decay": 0.001, "adam_beta2": 0.95, "bf16": mixed,
-        "logging_steps": max(1, min(10, steps // 10)), "save_total_limit": 2, "report_to": [],
-        "train_sampling_strategy": "group_by_length",
-    }, context, {})  # fmt: skip
+    arguments |= fixed_arguments(batch_size, accumulate, save_every, seed)
     console = console_for(json)
     chosen = "float32" if mixed else dtype
     stage = 0

@@ -19,9 +19,12 @@ __all__ = [
     "StepsOption",
     "TrainOutOption",
     "TrainingDataOption",
+    "check_evaluations",
     "check_reports",
+    "fixed_arguments",
     "length_of",
     "print_plan",
+    "trainer_arguments",
 ]
 
 TrainingDataOption = Annotated[
@@ -87,6 +90,38 @@ def length_of(model: str, max_length: int | None) -> int:
             f"max_length={max_length} is more than the {limit} positions of {model}; lower it."
         )
     return min(LENGTH, limit) if max_length is None else max_length
+
+
+def check_evaluations(early_stopping: int, eval_data: Path | None, every: int, saves: int) -> None:
+    """Raise ConfigError where early stopping has nothing to look at, or nothing to keep."""
+    if early_stopping and eval_data is None:
+        raise ConfigError(f"early_stopping={early_stopping} needs --eval-data.")
+    if early_stopping and saves % every:
+        raise ConfigError(
+            f"eval_every={every} does not divide save_every={saves}, so the best evaluation would "
+            "have no checkpoint."
+        )
+
+
+def fixed_arguments(batch_size: int, accumulate: int, save_every: int, seed: int) -> dict[str, Any]:
+    """Of Hugging Face's TrainingArguments, what options and the machine decide."""
+    import torch
+
+    return {
+        "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulate,
+        "save_steps": save_every, "seed": seed, "disable_tqdm": True,
+        "use_cpu": not torch.accelerator.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }  # fmt: skip
+
+
+def trainer_arguments(steps: int, *, mixed: bool, report_to: Sequence[str] = ()) -> dict[str, Any]:
+    """Of the same, what a config file's section ``trainer`` may change."""
+    return {
+        "lr_scheduler_type": "cosine", "weight_decay": 0.001, "adam_beta2": 0.95, "bf16": mixed,
+        "logging_steps": max(1, min(10, steps // 10)), "save_total_limit": 2,
+        "report_to": list(report_to), "train_sampling_strategy": "group_by_length",
+    }  # fmt: skip
 
 
 def print_plan(console: Any, plan: Any) -> None:

@@ -180,7 +180,7 @@ def train(
         last = number == len(stages) - 1
         folder = out if last else out / STAGES / str(number + 1)
         given = {"warmup_steps": max(1, steps // 20)} | dict(arguments)
-        seed = int(given.get("seed", 0))
+        seed = int(given.pop("data_seed", given.get("seed", 0)))
         report = train_stage(
             model, data, tokenizer, folder, options=config,
             arguments=TrainingArguments(
