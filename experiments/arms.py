@@ -149,6 +149,11 @@ class Bench:
     smaller: Callable[[], Any] | None = None
     calibrated: int | None = None
 
+    def gate_config(self, job: Job) -> gateskip.GateConfig:
+        """Of gates, by the job's variant and seed."""
+        gate, _ = self.variants[job.variant]
+        return gateskip.GateConfig(**(self.gates | gate | {"seed": job.seed}))
+
     def prepared(self, job: Job, model: Any) -> tuple[Stages, dict[str, Any]]:
         """Put the method in place: (how it is trained, options of the method).
 
@@ -157,8 +162,8 @@ class Bench:
         """
         compute, rows = 1.0 - job.saved, self.fit_rows
         if job.method in ("gateskip", *FULL):
-            gate, training = self.variants[job.variant]
-            gateskip.attach(model, gateskip.GateConfig(**(self.gates | gate), seed=job.seed))
+            training = self.variants[job.variant][1]
+            gateskip.attach(model, self.gate_config(job))
             given: dict[str, Any] = {"backbone": self.backbone}
             if job.method == DENSE:
                 return (), {}

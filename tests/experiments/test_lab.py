@@ -116,6 +116,27 @@ def test_variants_are_those_of_their_method() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("variant", lab.VARIANTS)
+def test_options_of_every_variant_go_together(variant: str) -> None:
+    import argparse
+
+    from arms import CALIBRATED, Job
+
+    import gateskip
+
+    made = lab.bench(argparse.Namespace(dense=str(lab_model.DENSE), test_seed=1, problems=1))
+    gate, training = lab.VARIANTS[variant]
+    config = made.gate_config(Job("gateskip", variant, 0.5, 3))
+    assert config.seed == 3
+    assert {name: getattr(config, name) for name in gate if name != "seed"} == {
+        name: value for name, value in gate.items() if name != "seed"
+    }
+    for _, own in training.get("stages", made.stages):
+        gateskip.GateSkipTrainingConfig(**({"budget_end": 0.5} | made.training | own))
+    named = set(training) - {"stages", "fit", *CALIBRATED}
+    assert named <= set(gateskip.GateSkipTrainingConfig().to_json())
+
+
 @pytest.mark.skipif(not lab_model.DENSE.is_dir(), reason="the lab's dense model is not there")
 def test_runs_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lab, "FIT_PROBLEMS", 12)
