@@ -152,7 +152,7 @@ class Bench:
     def gate_config(self, job: Job) -> gateskip.GateConfig:
         """Of gates, by the job's variant and seed."""
         gate, _ = self.variants[job.variant]
-        return gateskip.GateConfig(**(self.gates | gate | {"seed": job.seed}))
+        return gateskip.GateConfig.from_json(self.gates | gate | {"seed": job.seed})
 
     def prepared(self, job: Job, model: Any) -> tuple[Stages, dict[str, Any]]:
         """Put the method in place: (how it is trained, options of the method).
