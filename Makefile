@@ -32,6 +32,7 @@ demo: setup
 	$(BIN)/python examples/demo/demo.py
 
 bench: setup demo-output/gates
+	mkdir -p build
 	$(BIN)/python benchmarks/run.py --gates demo-output/gates \
 	  --data examples/demo/data/heldout.jsonl --keep 0.75 0.5 0.3 --new-tokens 32 \
 	  --json build/bench_smollm2_135m.json

@@ -31,7 +31,6 @@ from gateskip import methods
 from gateskip.data import encode
 from gateskip.errors import BudgetError, TrainingError
 from gateskip.evaluation.runs import CONTROL, DENSE, INSTEAD
-from gateskip.methods.static import Static
 from gateskip.skipping.capacity import capacity
 from gateskip.skipping.state import state_of
 from gateskip.training import GateSkipTrainer
@@ -341,7 +340,7 @@ class Bench:
 
 def static(name: str) -> bool:
     """Whether a method removes branches for good, so that there are no thresholds to find."""
-    return name in methods.METHODS.names() and issubclass(methods.METHODS.get(name), Static)
+    return name in methods.METHODS.names() and not methods.METHODS.get(name).calibrated
 
 
 def every_job(options: argparse.Namespace) -> Iterator[Job]:

@@ -48,9 +48,10 @@ ACCURACIES = (
     Row("free", "Llama-3.2-1B", {0.15: 11.57}, "the same at every rate"),
     Row("layerskip", "Llama-3.2-1B", {0.15: 10.65}, "the same at every rate"),
 )  # fmt: skip
-#: (what was changed, our name of such a variant, accuracy at 15 %), Llama-3.2-1B.
+#: (what was changed, our name of such a variant, accuracy at 15 %), Llama-3.2-1B. Our main form has
+#: scalar gates, theirs vector gates.
 ABLATIONS = (
-    ("vector gate", "vector", 23.2), ("scalar gate", "scalar", 20.4),
+    ("vector gate", "vector", 23.2), ("scalar gate", "", 20.4),
     ("gates shared by all layers", "shared", 20.7), ("two-layer gate", "mlp", 18.5),
     ("gate before the branch", "before", 1.0), ("frozen backbone", "frozen", 12.7),
     ("attention only", "attention_only", 14.9), ("MLP only", "mlp_only", 7.8),

