@@ -116,3 +116,13 @@ def test_bad_input(
     assert match in fails(capsys, "train-method", folder / "base", *arguments[:1], *data,
                           *arguments[1:])  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+def test_options_are_checked_before_a_model_is_loaded(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = fails(
+        capsys, "train-method", tmp_path / "no-model", "skipgpt", "--data", folder / "data.jsonl",
+        "--out", tmp_path / "out", "--steps", 1,
+    )  # fmt: skip
+    assert "steps=1 are too few for 2 stages of 'skipgpt'" in said

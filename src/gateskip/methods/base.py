@@ -49,6 +49,11 @@ class Method(ABC):
         """
         return GateSkipTrainingConfig(budget_end=compute, schedule="sampled")
 
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of all steps, what each of the method's trainings takes; they sum to 1."""
+        return (1.0,)
+
     def stages(
         self, model: nn.Module, compute: float
     ) -> tuple[tuple[float, GateSkipTrainingConfig], ...]:

@@ -56,6 +56,10 @@ class Recipe:
                 f"backbone={self.backbone!r} must be 'lora' or 'full'; which stages are frozen is "
                 "the method's."
             )
+        if self.counts[-1] < 1:
+            raise ConfigError(
+                f"steps={self.steps} are too few for {len(self.counts)} stages of {self.name!r}."
+            )
         for rate in ("learning_rate", "router_learning_rate"):
             if not getattr(self, rate) > 0.0:
                 raise ConfigError(f"{rate}={getattr(self, rate)!r} must be above 0.")
@@ -65,19 +69,22 @@ class Recipe:
         """With its options."""
         return METHODS.get(self.name).of(self.name, dict(self.options))
 
+    @property
+    def counts(self) -> list[int]:
+        """Steps of every stage."""
+        shares = self.method.shares
+        counts = [max(1, round(share * self.steps)) for share in shares[:-1]]
+        return [*counts, self.steps - sum(counts)]
+
     def stages(self, model: nn.Module) -> list[tuple[int, GateSkipTrainingConfig]]:
         """(steps, options) of every stage of a model that has the method in place.
 
         Raises:
-            BudgetError: the method cannot save so much. ConfigError: fewer steps than stages.
+            BudgetError: the method cannot save so much.
         """
-        shares = self.method.stages(model, self.compute)
-        counts = [max(1, round(share * self.steps)) for share, _ in shares[:-1]]
-        counts.append(self.steps - sum(counts))
-        if counts[-1] < 1:
-            raise ConfigError(f"steps={self.steps} are too few for {len(shares)} stages.")
         found = []
-        for count, (_, config) in zip(counts, shares, strict=True):
+        stages = self.method.stages(model, self.compute)
+        for count, (_, config) in zip(self.counts, stages, strict=True):
             if self.backbone is not None and config.backbone != "frozen":
                 config = dataclasses.replace(config, backbone=self.backbone)
             found.append((count, config))

@@ -119,6 +119,11 @@ class SkipGPT(_Routed):
         if not 0.0 < self.router_steps < 1.0:
             raise ConfigError(f"router_steps={self.router_steps!r} must be a share in (0, 1).")
 
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """See :class:`~gateskip.methods.base.Method`."""
+        return (self.router_steps, 1.0 - self.router_steps)
+
     def stages(
         self, model: nn.Module, compute: float
     ) -> tuple[tuple[float, GateSkipTrainingConfig], ...]:
@@ -126,8 +131,7 @@ class SkipGPT(_Routed):
             backbone="lora", train_compensation=False, budget_start=compute, budget_end=compute,
             schedule="constant",
         )  # fmt: skip
-        first = self.router_steps
         routes = dataclasses.replace(
             self.training(model, compute), decision_gradient_start=self.temperature_start
         )
-        return ((first, routes), (1.0 - first, adapts))
+        return tuple(zip(self.shares, (routes, adapts), strict=True))
