@@ -223,9 +223,32 @@ def where_gates_lose(found: Sequence[Comparison], metric: str) -> list[str]:
             f"{len(own) - len(rest)} of {len(own)} comparisons"
         )
         lines += [f"{text}." if not rest else f"{text}. They are not in these:", ""]
-        lines += [f"- {_told(one)}" for one in rest]
+        lines += [f"- {_told(one)}" for one in rest if one.verdict != "unknown"]
+        lines += _without_seeds([one for one in rest if one.verdict == "unknown"])
         lines += [""] if rest else []
     return lines
+
+
+def _without_seeds(found: Sequence[Comparison]) -> list[str]:
+    """What one seed says, in a line for each side; it shows nothing."""
+    lines = []
+    for ahead, lead in ((True, "is better"), (False, "is not better")):
+        own = [one for one in found if _ahead(one) == ahead]
+        names = ", ".join(f"`{o.other.method}` at {percent(o.gates.saved_macs)}" for o in own)
+        if own:
+            lines.append(
+                f"- Without a second seed, and so without an interval, gates' mean {lead}: {names}."
+            )
+    return lines
+
+
+def _ahead(one: Comparison) -> bool:
+    """Whether gates' mean is the better one."""
+    ours, theirs = one.gates.of(one.metric), one.other.of(one.metric)
+    assert ours is not None
+    assert theirs is not None
+    higher = one.metric == METRICS[0]
+    return (ours.mean > theirs.mean) == higher and ours.mean != theirs.mean
 
 
 def _told(one: Comparison) -> str:
@@ -237,13 +260,10 @@ def _told(one: Comparison) -> str:
         f"{estimate_text(one.metric, ours)}, `{one.other.method}` "
         f"{estimate_text(one.metric, theirs)}"
     )
-    higher = one.metric == METRICS[0]
-    ahead = (ours.mean > theirs.mean) == higher and ours.mean != theirs.mean
-    lead = "gates' mean is better" if ahead else "gates' mean is not better"
+    lead = "gates' mean is better" if _ahead(one) else "gates' mean is not better"
     return {
         "worse": f"{head}: **gates lose**, intervals apart.",
         "overlap": f"{head}: {lead}, and the intervals overlap.",
-        "unknown": f"{head}: {lead}, and without a second seed nothing is shown.",
     }[one.verdict]
 
 
