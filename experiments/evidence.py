@@ -21,6 +21,7 @@ import evidence_figures
 import evidence_instead
 import evidence_kinds
 import evidence_sets
+import evidence_sizes
 import published
 from evidence_text import (
     NONE,
@@ -45,6 +46,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "experiments" / "results", ROOT / "docs" / "evidence.md"
 TITLES = {
     "lab": "The reasoning lab: a small Llama on word problems",
+    "lab_03m": "The reasoning lab with a model of 0.3 M parameters",
+    "lab_3m": "The reasoning lab with a model of 3 M parameters",
     "smollm2": "SmolLM2-135M, trained",
     "smollm2_untrained": "SmolLM2-135M, methods without training",
 }
@@ -289,7 +292,7 @@ def costs(found: Sequence[Summary]) -> list[str]:
 
 def ablations(found: Sequence[Summary]) -> list[str]:
     """Variants beside the main form of their method."""
-    own = [s for s in found if s.variant and not size_of(s)]
+    own = [s for s in found if s.variant]
     variants = sorted(own, key=lambda s: (order(s.method), s.saved_macs, s.variant))
     if not variants:
         return []
@@ -307,30 +310,6 @@ def ablations(found: Sequence[Summary]) -> list[str]:
             row += [metric_cell(metric)(summary), gain_text(metric, gain)]
         rows.append(row)
     return ["### Variants", "", "Paired by seed with the main form.", "", *markdown(columns, rows)]
-
-
-def size_of(summary: Summary) -> str:
-    """Of the model, where it is not the bench's main one."""
-    return str(summary.runs[0].config.get("size", ""))
-
-
-def sizes(found: Sequence[Summary]) -> list[str]:
-    """Accuracy on models of other sizes."""
-    own = [s for s in found if size_of(s)]
-    names = sorted({size_of(s) for s in own})
-    alike = {(s.method, s.saved_macs) for s in own if s.variant == size_of(s)}
-    at = {(s.method, s.saved_macs, s.variant): s for s in found}
-    rows = []
-    for method, saved in sorted(alike, key=lambda key: (key[1], order(key[0]))):
-        cells = [at.get((method, saved, name)) for name in ("", *names)]
-        rows.append([
-            percent(saved), f"`{method}`",
-            *("" if s is None else metric_cell("accuracy")(s) for s in cells),
-        ])  # fmt: skip
-    if not rows:
-        return []
-    return ["### Sizes of the model: accuracy, %", "",
-            *markdown(["saved", "method", "as above", *names], rows)]  # fmt: skip
 
 
 def section(bench: str, runs: Sequence[Run], found: Sequence[Summary]) -> list[str]:
@@ -365,7 +344,7 @@ def section(bench: str, runs: Sequence[Run], found: Sequence[Summary]) -> list[s
     for metric in METRICS:
         if any(s.of(metric) is not None for s in main):
             lines += where_gates_lose(paired[metric], metric)
-    lines += costs(main) + evidence_instead.section(main) + ablations(found) + sizes(found)
+    lines += costs(main) + evidence_instead.section(main) + ablations(found)
     if evidence_curves.curves(found, bench):
         name = evidence_curves.NAME.format(bench)
         lines += ["### Training curves", "", f"![Loss by step, {bench}](figures/{name})", ""]
@@ -374,12 +353,14 @@ def section(bench: str, runs: Sequence[Run], found: Sequence[Summary]) -> list[s
 
 def page(runs: Sequence[Run], kinds: Sequence[str] = ()) -> str:
     """The whole page; ``kinds`` is what ``evidence_kinds`` says."""
+    runs = evidence_sizes.apart(runs)
     found = summaries(runs)
     lines = [HEAD]
     benches = [name for name in TITLES if any(run.bench == name for run in runs)]
     for bench in benches:
         own = [run for run in runs if run.bench == bench]
         lines += section(bench, own, [s for s in found if s.bench == bench])
+        lines += evidence_sizes.table(found, bench, metric_cell("accuracy"))
     if not runs:
         lines += ["No results yet.", ""]
     lines += [*kinds, *published.section(found)]
@@ -388,7 +369,7 @@ def page(runs: Sequence[Run], kinds: Sequence[str] = ()) -> str:
 
 def figures(runs: Sequence[Run]) -> dict[str, Any]:
     """What is drawn, by file name."""
-    found = summaries(runs)
+    found = summaries(evidence_sizes.apart(runs))
     drawn = {}
     for bench in TITLES:
         drawn[evidence_figures.NAME.format(bench)] = evidence_figures.points(found, bench)

@@ -398,6 +398,12 @@ def test_sizes_and_curves(results: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert [line.split(" | ")[1:2] for line in lines[2:4]] == [["`control`"], ["`gateskip`"]]
     assert "35.0 [35.0, 35.0] (2)" in lines[3]
     assert "| `gateskip` | 03m |" not in text, "no ablation"
+    own = text[text.index("## The reasoning lab with a model of 0.3 M") : text.index("## Beside")]
+    assert "4 runs." in own
+    assert row(own, "`gateskip`", 0)[1:] == ["", "35.0 [35.0, 35.0] (2)"]
+    assert "`calm`" not in own, "another size's"
+    assert "`control` at 15 %: gates 35.0 [35.0, 35.0] (2), `control` 70.0" in own
+    assert "evidence_lab_03m.svg" in evidence.figures(read_runs(results))
     assert row(text, "`calm`", 2)[2] == "66.0"
     data = evidence.figures(read_runs(results))["evidence_curves_lab.svg"]
     assert data == {"15 %": {"calm": [(10.0, 2.5), (20.0, 1.0)]}}
