@@ -194,15 +194,21 @@ class Bench:
         if job.variant:
             options |= METHOD_VARIANTS[job.method][job.variant]
         methods.apply(job.method, model, rows, self.tokenizer, **options)
+        found = None
         try:
             found = wants(**options).stages(model, compute)
         except BudgetError:
             if job.method not in FURTHER:
                 raise
+        # What the grid does not reach has no thresholds after training either.
+        if job.method in FURTHER and (
+            found is None or capacity(state_of(model), compute) < min(self.grid)
+        ):
             gateskip.detach(model)
             options |= FURTHER[job.method]
             methods.apply(job.method, model, rows, self.tokenizer, **options)
             found = wants(**options).stages(model, compute)
+        assert found is not None
         if found[0][1].thresholds == "calibrated":  # others find theirs while they train
             state_of(model).resolve(gateskip.Budget(compute=compute))
         if job.method in ("random", *OF_GATES):  # as gates train

@@ -21,6 +21,7 @@ import evidence_figures
 import evidence_instead
 import evidence_kinds
 import evidence_sets
+import evidence_short
 import evidence_sizes
 import published
 from evidence_text import (
@@ -355,7 +356,7 @@ def page(runs: Sequence[Run], kinds: Sequence[str] = ()) -> str:
     """The whole page; ``kinds`` is what ``evidence_kinds`` says."""
     runs = evidence_sizes.apart(runs)
     found = summaries(runs)
-    lines = [HEAD]
+    lines = [HEAD, *evidence_short.section(found, TITLES)]
     benches = [name for name in TITLES if any(run.bench == name for run in runs)]
     for bench in benches:
         own = [run for run in runs if run.bench == bench]

@@ -381,6 +381,32 @@ def test_alternatives_are_held_against_gates_that_are_as_fast(results: Path) -> 
     assert not evidence_instead.section([])
 
 
+def test_in_short(results: Path) -> None:
+    text = evidence.page(read_runs(results))
+    short = text[text.index("## In short") : text.index("## The reasoning lab")]
+    rows = [[c.strip() for c in r.split("|")[1:-1]] for r in short.splitlines() if "`lab`" in r]
+    at = {(row[1], row[2]): row for row in rows if len(row) == 10}
+    assert set(at) == {(s, m) for s in ("15 %", "25 %") for m in ("accuracy", "loss")}
+    assert at["15 %", "accuracy"][3].startswith("85.")
+    assert at["15 %", "accuracy"][5].startswith("`shortgpt` 84.")
+    assert at["15 %", "accuracy"][6:] == ["1", "1", "0", "1"], "random, shortgpt, every_second"
+    assert at["25 %", "accuracy"][5].startswith("`shortgpt` 70.")
+    assert at["25 %", "loss"][5].startswith("`shortgpt` 0.29"), "the least loss"
+    assert at["25 %", "loss"][6:] == ["1", "0", "1", "0"]
+    aims = [line for line in short.splitlines() if line.startswith("- Aim")]
+    assert len(aims) == 1, "half was not measured"
+    assert aims[0].endswith("missed."), "0.60 of 0.90"
+    for seed in range(SEEDS):
+        write(
+            results, f"half_{seed}", method="gateskip", saved_macs=0.5, seed=seed,
+            accuracy=0.9, loss=0.1,
+        )  # fmt: skip
+    text = evidence.page(read_runs(results))
+    aims = [line for line in text.splitlines() if line.startswith("- Aim")]
+    assert "50 % is saved. 99" in aims[1] or "50 % is saved. 100" in aims[1]
+    assert aims[1].endswith("reached.")
+
+
 def test_sizes_and_curves(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"config": {"variant": "03m", "size": "03m"}, "loss": 0.2}
     for seed in range(2):

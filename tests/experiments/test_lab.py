@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -114,6 +115,27 @@ def test_variants_are_those_of_their_method() -> None:
         "gateskip_50_s0", "gateskip_fitted_50_s0", "random_50_s0", "skipgpt_50_s0",
         "skipgpt_noisy_50_s0", "control_0_s0", "gateskip_0_s0",
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(not lab_model.DENSE.is_dir(), reason="the lab's dense models are not there")
+@pytest.mark.parametrize(
+    ("size", "saved", "branches"),
+    [("1m", 0.15, ["attention"]), ("03m", 0.25, ["attention", "mlp"]),
+     ("1m", 0.5, ["attention", "mlp"])],
+    ids=["attentions suffice", "they would by a budget below the grid", "they cannot"],
+)  # fmt: skip
+def test_a_method_gets_more_of_the_model_where_it_needs_it(
+    size: str, saved: float, branches: list[str]
+) -> None:
+    import argparse
+
+    from arms import Job
+
+    dense = str(lab_model.dense_of(size))
+    made = lab.bench(argparse.Namespace(dense=dense, test_seed=1, problems=1))
+    made = dataclasses.replace(made, fit_rows=made.fit_rows[:60])
+    _, options = made.prepared(Job("router_tuning", "", saved, 0), made.fresh())
+    assert list(options["branches"]) == branches
 
 
 @pytest.mark.parametrize("variant", lab.VARIANTS)
