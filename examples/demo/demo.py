@@ -111,7 +111,8 @@ def show(console: Console, rows: list[QualityRow], speed: dict[str, Any]) -> Non
         for r in speed["rows"]
         if r["arm"] == "gated_compacted"
     }
-    table = Table(title="Dense Hugging Face model = 1.00×, same run, bfloat16, gates included")
+    dtype = str(demo_model.fast_dtype()).removeprefix("torch.")
+    table = Table(title=f"Dense Hugging Face model = 1.00×, same run, {dtype}, gates included")
     for column in ("budget", "MACs, net", "loss", "perplexity", "agrees", "prefill", "decode"):
         table.add_column(column, justify="right")
     for row in rows:
@@ -131,7 +132,7 @@ def trained(
 ) -> list[QualityRow]:
     """Held-out loss of the gates in ``pretrained``, beside the ones fitted just now."""
     try:
-        model = gateskip.load(PRETRAINED, base=name, dtype="bfloat16")
+        model = gateskip.load(PRETRAINED, base=name, dtype=demo_model.fast_dtype())
     except gateskip.CheckpointError as error:
         console.print(f"The trained gates do not belong to this copy of the model: {error}")
         return []
@@ -163,7 +164,7 @@ def train_a_minute(
     from gateskip.training.progress import TrainingProgress
 
     trainer = GateSkipTrainer(
-        gateskip.load(gates, base=name, dtype="bfloat16"),
+        gateskip.load(gates, base=name, dtype=demo_model.fast_dtype()),
         TrainingArguments(
             str(OUT / "training"), max_steps=STEPS, per_device_train_batch_size=8, seed=0,
             learning_rate=1e-3, save_strategy="no", logging_steps=STEPS // 2, report_to=[],

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "demo" / "model.py"
 
@@ -39,3 +40,27 @@ def test_what_was_unpacked_is_taken(demo: Any, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     assert demo.prepare(tmp_path) == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("times", "wanted"), [(3.0, torch.float32), (1.5, torch.bfloat16)], ids=["slow", "not so slow"]
+)
+def test_the_dtype_is_one_that_the_cpu_is_fast_with(
+    demo: Any, monkeypatch: pytest.MonkeyPatch, times: float, wanted: torch.dtype
+) -> None:
+    clock = [0.0]
+
+    def linear(rows: torch.Tensor, weight: torch.Tensor) -> None:
+        assert rows.dtype == weight.dtype
+        clock[0] += times if rows.dtype == torch.bfloat16 else 1.0
+
+    def repeat(what: Any, number: int) -> list[float]:
+        before = clock[0]
+        what()
+        return [clock[0] - before]
+
+    monkeypatch.setattr(demo.functional, "linear", linear)
+    monkeypatch.setattr(demo.timeit, "repeat", repeat)
+    assert demo.fast_dtype() == wanted
+    assert demo.fast_dtype() == wanted
+    assert clock[0] == times + 1.0, "measured once"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -115,6 +117,21 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
+def _warn_if_slow(model: Any) -> None:
+    """Say so where PyTorch has no fast bfloat16 products: x86 without AVX-512."""
+    import torch
+
+    weights = next(model.parameters())
+    here = platform.machine() in ("x86_64", "AMD64") and weights.device.type == "cpu"
+    lacking = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+    if here and lacking and weights.dtype == torch.bfloat16:
+        warnings.warn(
+            "dtype bfloat16: this CPU has no AVX-512, and PyTorch's bfloat16 products take some "
+            "ten times as long as float32's; add --dtype float32.",
+            stacklevel=2,
+        )
+
+
 def load_base(name: str, dtype: str = "auto") -> tuple[Any, Any]:
     """(model, tokenizer) of a Hugging Face folder or name.
 
@@ -132,6 +149,7 @@ def load_base(name: str, dtype: str = "auto") -> tuple[Any, Any]:
             f"model {name!r} could not be loaded ({_first_line(error)}); give a Hugging Face "
             "folder or name."
         ) from error
+    _warn_if_slow(model)
     return model.eval(), load_tokenizer(name)
 
 
@@ -146,6 +164,7 @@ def load_gated(gates: str, base: str | None, dtype: str = "auto") -> tuple[Any, 
 
     _quiet()
     model = gateskip.load(gates, base=base, dtype=chosen if dtype != "auto" else None)
+    _warn_if_slow(model)
     return model, load_tokenizer(base or model.config._name_or_path)
 
 
