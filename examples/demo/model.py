@@ -113,7 +113,7 @@ def prepare(cache: Path = CACHE, console: Console | None = None, *, unpack: bool
 def fast_dtype() -> torch.dtype:
     """bfloat16, or float32 on a CPU that takes more than twice as long for bfloat16 products.
 
-    x86 CPUs without AVX-512 take some ten times as long.
+    x86 CPUs without AVX-512 take several times as long.
     """
 
     def seconds(dtype: torch.dtype) -> float:

@@ -126,8 +126,8 @@ def _warn_if_slow(model: Any) -> None:
     lacking = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
     if here and lacking and weights.dtype == torch.bfloat16:
         warnings.warn(
-            "dtype bfloat16: this CPU has no AVX-512, and PyTorch's bfloat16 products take some "
-            "ten times as long as float32's; add --dtype float32.",
+            "dtype bfloat16: this CPU has no AVX-512, and PyTorch's bfloat16 products take "
+            "several times as long as float32's; add --dtype float32.",
             stacklevel=2,
         )
 
